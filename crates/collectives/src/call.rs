@@ -53,6 +53,14 @@ impl CallKind {
             CallKind::Barrier => Pattern::Barrier,
         }
     }
+
+    /// How it combines elements, if it does.
+    pub(crate) fn op(self) -> Option<ReduceOp> {
+        match self {
+            CallKind::AllReduce { op, .. } | CallKind::ReduceScatter { op, .. } => Some(op),
+            CallKind::AllGather { .. } | CallKind::Broadcast { .. } | CallKind::Barrier => None,
+        }
+    }
 }
 
 /// One call of one collective. All ranks must make the same calls in the same order.

@@ -17,19 +17,17 @@ use std::fmt;
 
 use reknit_membership::ids::{Generation, MemberId, Rank};
 
-use crate::secret::Proof;
+use crate::secret::{Nonce, Proof};
 
-const MAGIC: [u8; 4] = *b"rkD1";
+/// Two magic numbers, so that a connection that TCP made with itself is not taken for an answer.
+const HELLO_MAGIC: [u8; 4] = *b"rkD1";
+const ANSWER_MAGIC: [u8; 4] = *b"rkA1";
 const VERSION: u16 = 1;
 
 /// How many bytes each message takes.
 pub(crate) const HELLO_BYTES: usize = 40;
 pub(crate) const ANSWER_BYTES: usize = 24;
 pub(crate) const VERDICT_BYTES: usize = 40;
-
-/// How many bytes each side's random contribution takes.
-pub(crate) const NONCE_BYTES: usize = 16;
-pub(crate) type Nonce = [u8; NONCE_BYTES];
 
 /// What a connection is for, and who its dialler claims to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,7 +131,7 @@ impl Hello {
             Purpose::State { member } => (2, member.0),
         };
         let mut bytes = [0; HELLO_BYTES];
-        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[..4].copy_from_slice(&HELLO_MAGIC);
         bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
         bytes[6] = kind;
         bytes[8..16].copy_from_slice(&self.generation.0.to_le_bytes());
@@ -160,9 +158,9 @@ impl Hello {
     }
 }
 
-/// Whether what has come so far of a message may still be one of ours.
+/// Whether what has come so far may still become a hello.
 pub(crate) fn starts_like_ours(bytes: &[u8]) -> bool {
-    bytes.iter().zip(MAGIC).all(|(byte, magic)| *byte == magic)
+    bytes.iter().zip(HELLO_MAGIC).all(|(byte, magic)| *byte == magic)
 }
 
 /// The second message. Its layout is the same in every version, so that versions can refuse each other in words.
@@ -174,11 +172,11 @@ pub(crate) enum Answer {
 
 impl Answer {
     /// ```text
-    /// 0 magic "rkD1" | 4 version | 6 zero, or why refused | 7 zero | 8 nonce
+    /// 0 magic "rkA1" | 4 version | 6 zero, or why refused | 7 zero | 8 nonce
     /// ```
     pub(crate) fn to_bytes(self) -> [u8; ANSWER_BYTES] {
         let mut bytes = [0; ANSWER_BYTES];
-        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[..4].copy_from_slice(&ANSWER_MAGIC);
         bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
         match self {
             Answer::Refused(reason) => bytes[6] = reason.code(),
@@ -189,7 +187,7 @@ impl Answer {
 
     /// The answer, or nothing if it is not one of ours.
     pub(crate) fn from_bytes(bytes: &[u8; ANSWER_BYTES]) -> Option<Answer> {
-        match (starts_like_ours(bytes), bytes[6]) {
+        match (bytes.starts_with(&ANSWER_MAGIC), bytes[6]) {
             (true, 0) => Some(Answer::Challenge(*bytes[8..].first_chunk().expect("the answer is longer"))),
             (true, code) => RefuseReason::from_code(code).map(Answer::Refused),
             (false, _) => None,
@@ -235,7 +233,7 @@ mod tests {
     const HELLO: Hello = Hello {
         purpose: Purpose::State { member: MemberId(0x0123_4567_89ab_cdef) },
         generation: Generation(42),
-        nonce: [9; NONCE_BYTES],
+        nonce: [9; 16],
     };
 
     #[test]
@@ -244,7 +242,7 @@ mod tests {
         assert_eq!(Hello::from_bytes(&HELLO.to_bytes()), Ok(HELLO));
         assert_eq!(Hello::from_bytes(&ring.to_bytes()), Ok(ring));
         let answers = RefuseReason::ALL.map(Answer::Refused);
-        for answer in answers.into_iter().chain([Answer::Challenge([7; NONCE_BYTES])]) {
+        for answer in answers.into_iter().chain([Answer::Challenge([7; 16])]) {
             assert_eq!(Answer::from_bytes(&answer.to_bytes()), Some(answer));
         }
         let verdicts = RefuseReason::ALL.map(Verdict::Refused);

@@ -1,8 +1,9 @@
 //! The secret of a generation, and proving that one knows it without saying it.
 
-use std::fmt;
+use std::{fmt, io};
 
 use blake3::Hash;
+use rustix::rand::{GetRandomFlags, getrandom};
 
 /// What only the members of one generation know: the coordinator draws it at random for every world.
 #[derive(Clone)]
@@ -70,6 +71,17 @@ impl Proof {
     pub(crate) fn as_bytes(&self) -> &[u8; Proof::BYTES] {
         self.0.as_bytes()
     }
+}
+
+/// One side's random contribution to a handshake: what makes every proof a new one.
+pub(crate) type Nonce = [u8; 16];
+
+/// A nonce that nobody can foresee.
+pub(crate) fn fresh_nonce() -> io::Result<Nonce> {
+    let mut nonce = Nonce::default();
+    // The kernel hands out so few bytes whole or not at all.
+    getrandom(&mut nonce, GetRandomFlags::empty())?;
+    Ok(nonce)
 }
 
 #[cfg(test)]

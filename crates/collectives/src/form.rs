@@ -1,0 +1,163 @@
+//! Joining a world's ring: from a place in it to two connections.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use reknit_membership::ids::{Generation, Rank, WorldSize};
+
+use crate::abort::AbortHandle;
+use crate::broken::BreakReason;
+use crate::dial::{DialError, dial};
+use crate::door::{ArrivalError, Door};
+use crate::handshake::Purpose;
+use crate::neighbours::Neighbours;
+use crate::secret::Secret;
+
+/// A rank's place in the ring of one world.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Of which world.
+    pub generation: Generation,
+    /// This rank.
+    pub rank: Rank,
+    /// How many ranks there are.
+    pub size: WorldSize,
+    /// What only the members of this generation know.
+    pub secret: Secret,
+    /// Where the next rank listens; the rank after the last is rank 0. Not used in a world of one.
+    pub next: SocketAddr,
+}
+
+/// How long a group waits, and in what pieces it moves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupOptions {
+    /// How long forming the ring may take.
+    pub form: Duration,
+    /// How long a collective may go without a single byte moved. It includes the time by which one rank enters it
+    /// later than another, so it must be longer than the slowest rank may lag behind.
+    pub stall: Duration,
+    /// How many bytes are moved at a time; at least 4 KiB and at most 16 MiB, whatever it says.
+    pub chunk_bytes: usize,
+}
+
+impl Default for GroupOptions {
+    fn default() -> GroupOptions {
+        GroupOptions { form: Duration::from_secs(10), stall: Duration::from_secs(60), chunk_bytes: 128 << 10 }
+    }
+}
+
+/// Why the ring was not formed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FormError {
+    /// There is no such place.
+    #[error("there is no rank {rank} in a world of {size}")]
+    BadPlace {
+        /// The rank.
+        rank: Rank,
+        /// The size.
+        size: WorldSize,
+    },
+    /// The door is one of another generation than the place.
+    #[error("the place is one of generation {place}, the door is one of generation {door}")]
+    WrongDoor {
+        /// The place's generation.
+        place: Generation,
+        /// The door's generation.
+        door: Generation,
+    },
+    /// There is no connection to the next rank.
+    #[error("no connection to the next rank, {rank}")]
+    Next {
+        /// The next rank.
+        rank: Rank,
+        /// Why.
+        source: DialError,
+    },
+    /// The previous rank did not connect.
+    #[error("no connection from the previous rank, {rank}")]
+    Previous {
+        /// The previous rank.
+        rank: Rank,
+        /// Why.
+        source: ArrivalError,
+    },
+    /// The caller gave up.
+    #[error("forming the ring was given up: {reason}")]
+    Aborted {
+        /// Why.
+        reason: BreakReason,
+    },
+    /// The process is out of descriptors or threads.
+    #[error("cannot set the ring up")]
+    System {
+        /// What was refused.
+        source: io::Error,
+    },
+}
+
+impl FormError {
+    /// The neighbour that may have caused it.
+    pub fn suspect(&self) -> Option<Rank> {
+        match self {
+            FormError::Next { rank, .. } | FormError::Previous { rank, .. } => Some(*rank),
+            FormError::BadPlace { .. }
+            | FormError::WrongDoor { .. }
+            | FormError::Aborted { .. }
+            | FormError::System { .. } => None,
+        }
+    }
+}
+
+/// The connections of a place, or none in a world of one.
+///
+/// Nobody waits for anybody in turn: the listener's thread greets the previous rank while this one dials the next.
+pub(crate) fn connect(
+    door: &Door,
+    place: &Place,
+    options: &GroupOptions,
+    abort: &AbortHandle,
+) -> Result<Option<Neighbours>, FormError> {
+    let Place { generation, rank, size, ref secret, next } = *place;
+    if rank.0 >= size.0 {
+        return Err(FormError::BadPlace { rank, size });
+    }
+    if door.generation() != generation {
+        return Err(FormError::WrongDoor { place: generation, door: door.generation() });
+    }
+    if let Some(reason) = abort.reason() {
+        return Err(FormError::Aborted { reason });
+    }
+    if size.0 == 1 {
+        return Ok(None);
+    }
+    let deadline = Instant::now() + options.form;
+    let next_rank = Rank(if rank.0 + 1 == size.0 { 0 } else { rank.0 + 1 });
+    let prev_rank = Rank(if rank.0 == 0 { size.0 - 1 } else { rank.0 - 1 });
+    let next = dial(next, Purpose::Ring { rank }, generation, secret, deadline, abort).map_err(|source| match source {
+        DialError::Aborted { reason } => FormError::Aborted { reason },
+        source => FormError::Next { rank: next_rank, source },
+    })?;
+    let prev = await_previous(door, prev_rank, deadline, abort)?;
+    let neighbours = Neighbours { next, next_rank, prev, prev_rank };
+    neighbours.prepare(options.stall).map_err(|source| FormError::System { source })?;
+    Ok(Some(neighbours))
+}
+
+fn await_previous(
+    door: &Door,
+    prev_rank: Rank,
+    deadline: Instant,
+    abort: &AbortHandle,
+) -> Result<TcpStream, FormError> {
+    loop {
+        match door.next_ring(deadline, abort) {
+            Ok(connection) if connection.rank == prev_rank => return Ok(connection.stream),
+            // Some other rank was told the wrong address. It notices, because its connection closes here.
+            Ok(_) => {}
+            Err(ArrivalError::Aborted { reason }) => return Err(FormError::Aborted { reason }),
+            Err(source) => return Err(FormError::Previous { rank: prev_rank, source }),
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! The live ring of one world, and the collectives that run on it.
+
+use std::sync::Arc;
+
+use reknit_membership::ids::{Generation, Rank, WorldSize};
+
+use crate::abort::{AbortHandle, Attached};
+use crate::broken::{BreakReason, Broken};
+use crate::call::{Call, CallKind};
+use crate::door::Door;
+use crate::element::Element;
+use crate::form::{FormError, GroupOptions, Place, connect};
+use crate::neighbours::TcpTransport;
+use crate::reduce::ReduceOp;
+use crate::ring::{Fault, Run, Seat, drive};
+use crate::schedule::part;
+use crate::wake::Wake;
+use crate::watcher::{Outcome, Watcher};
+use crate::word::ControlWord;
+
+/// The smallest and the largest chunk that [`GroupOptions::chunk_bytes`] can ask for.
+const CHUNK_BYTES_MIN: usize = 4 << 10;
+const CHUNK_BYTES_MAX: usize = 16 << 20;
+
+/// The live connections of one rank in one world's ring.
+///
+/// All ranks call the same collectives in the same order, with the same type, operation, root and number of elements.
+/// Every collective is a barrier too: nobody finishes it before everybody has entered it. Once one has failed, or a
+/// neighbour is gone, every later one fails at once and the world has to be formed anew.
+///
+/// Dropping a group closes its connections, which breaks the groups of its neighbours: on purpose, if all ranks agreed
+/// to leave.
+pub struct Group {
+    generation: Generation,
+    rank: Rank,
+    size: WorldSize,
+    options: GroupOptions,
+    abort: AbortHandle,
+    /// Nothing in a world of one.
+    ring: Option<Ring>,
+    broken: Option<Broken>,
+    sequence: u64,
+    /// Room for the elements of an operation that may not touch its caller's before it has succeeded. It stays as
+    /// large as the largest one so far. Made of `u64`s so that it is aligned for every type of element.
+    scratch: Vec<u64>,
+}
+
+struct Ring {
+    transport: TcpTransport,
+    watcher: Watcher,
+    staging: Vec<u8>,
+    _attached: Attached,
+}
+
+impl Group {
+    /// Joins the ring at `place`: connects to the next rank and takes the previous one's connection from `door`.
+    ///
+    /// It returns when both neighbours are connected, which does not mean that the whole ring is.
+    pub fn form(
+        door: &Door,
+        place: &Place,
+        options: &GroupOptions,
+        abort: AbortHandle,
+    ) -> Result<Group, FormError> {
+        let ring = match connect(door, place, options, &abort)? {
+            None => None,
+            Some(neighbours) => {
+                let system = |source| FormError::System { source };
+                let neighbours = Arc::new(neighbours);
+                let aborted = Arc::new(Wake::new().map_err(system)?);
+                let attached = abort.attach(aborted.clone());
+                let watcher = Watcher::start(neighbours.clone(), aborted.clone()).map_err(system)?;
+                let staging = vec![0; options.chunk_bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)];
+                let transport = TcpTransport { neighbours, aborted };
+                Some(Ring { transport, watcher, staging, _attached: attached })
+            }
+        };
+        let Place { generation, rank, size, .. } = *place;
+        let options = options.clone();
+        Ok(Group { generation, rank, size, options, abort, ring, broken: None, sequence: 0, scratch: Vec::new() })
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// How many ranks there are.
+    pub fn size(&self) -> WorldSize {
+        self.size
+    }
+
+    /// Of which world it is.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// What ends it from any thread.
+    pub fn abort_handle(&self) -> AbortHandle {
+        self.abort.clone()
+    }
+
+    /// Has `callback` called, once and from a thread of the group's own, when the connection with a neighbour ends on
+    /// the neighbour's side: within about a millisecond, also while no collective is running, and also if it happened
+    /// before this call. It is not called after an abort or for a failure of another kind.
+    ///
+    /// A neighbour that leaves in good order looks the same as one that dies, and one that passes a break on does too.
+    /// The callback should be short: dropping the group waits for it. Setting another one replaces the first.
+    pub fn on_neighbour_lost(&mut self, callback: impl FnOnce(Rank) + Send + 'static) {
+        if let Some(ring) = &self.ring {
+            ring.watcher.on_lost(Box::new(callback));
+        }
+    }
+
+    /// Combines the elements of all ranks, in place. If it fails, `data` is bit for bit what it was.
+    ///
+    /// For that it works in memory of its own, as large as `data`, and copies at the end;
+    /// [`all_reduce_into`](Group::all_reduce_into) does without.
+    pub fn all_reduce<T: Element>(
+        &mut self,
+        data: &mut [T],
+        op: ReduceOp,
+        word: ControlWord,
+    ) -> Result<ControlWord, Broken> {
+        self.with_scratch(data.len(), |group, scratch| {
+            let word = group.all_reduce_into(data, scratch, op, word)?;
+            data.copy_from_slice(scratch);
+            Ok(word)
+        })
+    }
+
+    /// Combines the `input`s of all ranks into `output`, the same bits on every rank. If it fails, what is in `output`
+    /// is undefined.
+    ///
+    /// # Panics
+    /// If the two have different lengths.
+    pub fn all_reduce_into<T: Element>(
+        &mut self,
+        input: &[T],
+        output: &mut [T],
+        op: ReduceOp,
+        word: ControlWord,
+    ) -> Result<ControlWord, Broken> {
+        assert_eq!(input.len(), output.len(), "an all_reduce gives as many elements as it takes");
+        self.call(CallKind::AllReduce { dtype: T::DTYPE, op }, input, output, word)
+    }
+
+    /// Combines the `input`s of all ranks and gives this rank its own [`part`] of the result. If it fails, what is in
+    /// `output` is undefined.
+    ///
+    /// # Panics
+    /// If `output` is not as long as this rank's part of `input`.
+    pub fn reduce_scatter<T: Element>(
+        &mut self,
+        input: &[T],
+        output: &mut [T],
+        op: ReduceOp,
+        word: ControlWord,
+    ) -> Result<ControlWord, Broken> {
+        let own = part(input.len(), self.size, self.rank);
+        assert_eq!(own.len(), output.len(), "a reduce_scatter gives a rank its part");
+        self.with_scratch(input.len(), |group, scratch| {
+            let word = group.call(CallKind::ReduceScatter { dtype: T::DTYPE, op }, input, scratch, word)?;
+            output.copy_from_slice(&scratch[own]);
+            Ok(word)
+        })
+    }
+
+    /// Gives every rank the `input`s of all ranks, one after the other: each is its rank's [`part`] of `output`. If it
+    /// fails, what is in `output` is undefined.
+    ///
+    /// # Panics
+    /// If `input` is not as long as this rank's part of `output`.
+    pub fn all_gather<T: Element>(
+        &mut self,
+        input: &[T],
+        output: &mut [T],
+        word: ControlWord,
+    ) -> Result<ControlWord, Broken> {
+        let own = part(output.len(), self.size, self.rank);
+        assert_eq!(own.len(), input.len(), "an all_gather takes a rank's part");
+        output[own].copy_from_slice(input);
+        self.call(CallKind::AllGather { dtype: T::DTYPE }, &[], output, word)
+    }
+
+    /// Gives every rank the `data` of `root`. If it fails, what is in `data` is undefined, but for the root's, which
+    /// is never written to.
+    ///
+    /// # Panics
+    /// If `root` is not a rank of this world.
+    pub fn broadcast<T: Element>(
+        &mut self,
+        data: &mut [T],
+        root: Rank,
+        word: ControlWord,
+    ) -> Result<ControlWord, Broken> {
+        assert!(root.0 < self.size.0, "{root:?} is not in a world of {:?}", self.size);
+        self.call(CallKind::Broadcast { dtype: T::DTYPE, root }, &[], data, word)
+    }
+
+    /// Returns when every rank has called it.
+    pub fn barrier(&mut self, word: ControlWord) -> Result<ControlWord, Broken> {
+        self.call::<u8>(CallKind::Barrier, &[], &mut [], word)
+    }
+
+    /// Runs one collective. `input` is what a reduction takes, `work` holds all elements.
+    fn call<T: Element>(
+        &mut self,
+        kind: CallKind,
+        input: &[T],
+        work: &mut [T],
+        word: ControlWord,
+    ) -> Result<ControlWord, Broken> {
+        if let Some(broken) = &self.broken {
+            return Err(broken.clone());
+        }
+        let call = Call { sequence: self.sequence, kind, count: work.len() as u64 };
+        self.sequence += 1;
+        let result = match &mut self.ring {
+            None if self.abort.is_aborted() => Err((Vec::new(), BreakReason::Aborted)),
+            None => {
+                // With one rank every result is its input. The collectives that are no reductions have it in place.
+                if kind.op().is_some() {
+                    work.copy_from_slice(input);
+                }
+                Ok(word)
+            }
+            Some(ring) => {
+                let seat = Seat { size: self.size, rank: self.rank, prev: ring.transport.neighbours.prev_rank };
+                ring.run(call, seat, input, work, word, &self.abort, &self.options)
+            }
+        };
+        result.map_err(|(suspects, reason)| {
+            // Whatever an abort leads to, the abort is the reason.
+            let (suspects, reason) = match self.abort.reason() {
+                Some(reason) => (Vec::new(), reason),
+                None => (suspects, reason),
+            };
+            self.broken.insert(Broken { generation: self.generation, suspects, reason }).clone()
+        })
+    }
+
+    /// Lends out the scratch, as `len` elements of whatever value.
+    fn with_scratch<T: Element, R>(&mut self, len: usize, work: impl FnOnce(&mut Group, &mut [T]) -> R) -> R {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let needed = (len * size_of::<T>()).div_ceil(size_of::<u64>());
+        if scratch.len() < needed {
+            // A new one, not a longer one: what is in it is not worth moving, and zeros come free of charge.
+            scratch = vec![0; needed];
+        }
+        let result = work(self, &mut bytemuck::cast_slice_mut(&mut scratch)[..len]);
+        self.scratch = scratch;
+        result
+    }
+}
+
+impl Ring {
+    #[expect(clippy::too_many_arguments, reason = "it is one call site's body, cut out so that it can be read")]
+    fn run<T: Element>(
+        &mut self,
+        call: Call,
+        seat: Seat,
+        input: &[T],
+        work: &mut [T],
+        word: ControlWord,
+        abort: &AbortHandle,
+        options: &GroupOptions,
+    ) -> Result<ControlWord, (Vec<Rank>, BreakReason)> {
+        self.watcher.begin().map_err(|lost| match lost {
+            Some(rank) => lost_neighbour(rank, std::io::ErrorKind::UnexpectedEof),
+            None => (Vec::new(), BreakReason::Aborted),
+        })?;
+        let run = Run::new(call, seat, input, work, &mut self.staging, word);
+        match drive(run, &mut self.transport, abort, options.stall) {
+            Ok(word) => {
+                self.watcher.finish(Outcome::Done);
+                Ok(word)
+            }
+            Err(fault) => {
+                let (suspects, reason) = self.explain(fault);
+                let lost = match reason {
+                    BreakReason::NeighbourLost { rank, .. } if !abort.is_aborted() => Some(rank),
+                    _ => None,
+                };
+                self.watcher.finish(Outcome::Failed(lost));
+                Err((suspects, reason))
+            }
+        }
+    }
+
+    /// The fault in terms of ranks.
+    fn explain(&self, fault: Fault) -> (Vec<Rank>, BreakReason) {
+        let (next, prev) = (self.transport.neighbours.next_rank, self.transport.neighbours.prev_rank);
+        match fault {
+            Fault::NextLost(kind) => lost_neighbour(next, kind),
+            Fault::PrevLost(kind) => lost_neighbour(prev, kind),
+            Fault::Stalled { waited, want } => {
+                let mut suspects = Vec::new();
+                suspects.extend(want.bytes.then_some(prev));
+                suspects.extend((want.room && !suspects.contains(&next)).then_some(next));
+                (suspects, BreakReason::Stalled { waited })
+            }
+            Fault::Mismatch { ours, theirs } => (vec![prev], BreakReason::Mismatch { ours, theirs }),
+            Fault::Protocol(what) => (vec![prev], BreakReason::Protocol { what }),
+            Fault::Aborted => (Vec::new(), BreakReason::Aborted),
+            Fault::System(kind) => (Vec::new(), BreakReason::System { kind }),
+        }
+    }
+}
+
+fn lost_neighbour(rank: Rank, kind: std::io::ErrorKind) -> (Vec<Rank>, BreakReason) {
+    (vec![rank], BreakReason::NeighbourLost { rank, kind })
+}

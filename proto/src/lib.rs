@@ -1,0 +1,41 @@
+//! reknit's gRPC contract, version 1, and its conversions to the core's words.
+//!
+//! ```text
+//!   the network                      this crate                        the core
+//!   v1::MemberMessage      ──►  rendezvous::event            ──►  membership::Event
+//!   v1::CoordinatorMessage ◄──  rendezvous::to_member        ◄──  membership::Message
+//!   v1::JobStatus          ◄──► inspect                      ◄──► membership::Status
+//!   v1::JobRecord          ◄──► record                       ◄──► membership::JobRecord
+//! ```
+//!
+//! The core's types know nothing of encodings: compatibility is this crate's business alone. Everything that comes from
+//! the network is checked here, once: what leaves this crate as a core type has names of the allowed characters, digests
+//! of the right length, enums that exist.
+//!
+//! # Invariants
+//! | rule | what is always true |
+//! |---|---|
+//! | P-1 | What is encoded decodes to the same value (tested for every message). |
+//! | P-2 | Bytes from outside never panic: they decode or give a [`BadMessage`] that names the field. |
+//! | P-3 | A field number is never used for something else; a record of an older format stays readable. |
+
+#![forbid(unsafe_code)]
+
+/// The generated types, clients and servers of the package `reknit.v1`.
+#[allow(missing_docs, unreachable_pub, clippy::doc_markdown, clippy::wildcard_imports)]
+pub mod v1 {
+    tonic::include_proto!("reknit.v1");
+}
+
+/// The compiled description of the contract, for gRPC reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/reknit.v1.bin"));
+
+/// The version of the protocol between members and coordinators. A join with another one is refused.
+pub const PROTOCOL: u32 = 1;
+
+mod words;
+pub mod rendezvous;
+pub mod inspect;
+pub mod record;
+
+pub use words::BadMessage;
