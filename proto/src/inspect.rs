@@ -5,6 +5,7 @@ use std::time::Duration;
 use reknit_membership::reason::Waiting;
 use reknit_membership::record::WorldChange;
 use reknit_membership::status::{MemberStatus, PhaseName, Status};
+use reknit_membership::world::Seat;
 use reknit_membership::{Generation, HistoryId, MemberId, Rank, Step, WorldSize};
 
 use crate::v1;
@@ -59,6 +60,16 @@ pub fn from_change(change: &WorldChange) -> v1::WorldChange {
 /// Reads one change of the world.
 pub fn change(wire: v1::WorldChange) -> Checked<WorldChange> {
     words::world_change(wire)
+}
+
+/// Writes one seat of a roster.
+pub fn from_seat(seat: &Seat) -> v1::Seat {
+    words::from_seat(seat)
+}
+
+/// Reads one seat of a roster.
+pub fn seat(wire: v1::Seat) -> Checked<Seat> {
+    words::seat(wire)
 }
 
 /// The wire's name of a phase.

@@ -62,7 +62,8 @@ pub fn list(dir: &Path) -> Result<Vec<Listed>, FileError> {
     let mut listed = Vec::new();
     for (step, generation, path) in checkpoints(dir)? {
         let entries = entries(&path)?;
-        let bytes = entries.iter().filter(|(_, entry, _)| *entry != Entry::Foreign).map(|(_, _, len)| len).sum();
+        let bytes =
+            entries.iter().filter(|(_, entry, _)| *entry != Entry::Foreign).map(|(_, _, len)| len).sum();
         let shards = entries.iter().filter(|(_, entry, _)| *entry == Entry::Shard).count();
         let condition = if entries.iter().any(|(_, entry, _)| *entry == Entry::Manifest) {
             look(&path, step, generation)

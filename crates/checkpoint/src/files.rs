@@ -55,10 +55,19 @@ impl FileError {
     pub fn hint(&self) -> &'static str {
         match self {
             FileError::NoSpace { .. } => "free space or keep fewer checkpoints; the next save tries again",
-            FileError::Exists { .. } => "give each job, and each fresh start of a job, a directory of its own",
+            FileError::Exists { .. } => {
+                "give each job, and each fresh start of a job, a directory of its own"
+            }
             FileError::Io { source, .. } => match source.kind() {
-                io::ErrorKind::PermissionDenied => "let the user that runs the training write to the directory",
-                io::ErrorKind::ReadOnlyFilesystem => "the file system is mounted read-only: look for disk errors",
+                io::ErrorKind::PermissionDenied => {
+                    "let the user that runs the training write to the directory"
+                }
+                io::ErrorKind::ReadOnlyFilesystem => {
+                    "the file system is mounted read-only: look for disk errors"
+                }
+                io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+                    "something that is not a directory is in the way"
+                }
                 io::ErrorKind::NotFound => "something removed the directory while it was in use",
                 io::ErrorKind::FileTooLarge => "raise the limit on the size of files (ulimit -f)",
                 _ => "look for disk or network errors in the system's log",
@@ -92,6 +101,22 @@ pub(crate) trait NewFile {
     /// Makes what was written durable. After an error nobody knows what is: the file must be given up, never synced
     /// again, for a second sync may report success for data that the system has dropped.
     fn sync(&mut self) -> io::Result<()>;
+}
+
+/// Makes a directory that survives a crash, and those above it as need be. Whoever made one that is there already has
+/// seen to it.
+pub(crate) fn create_dirs(files: &dyn Files, dir: &Path) -> Result<(), FileError> {
+    let above = match dir.parent() {
+        None => return Ok(()),
+        Some(above) if above.as_os_str().is_empty() => Path::new("."),
+        Some(above) => above,
+    };
+    if dir.is_dir() {
+        return Ok(());
+    }
+    create_dirs(files, above)?;
+    files.create_dir(dir).map_err(|e| FileError::new("create", dir, e))?;
+    files.sync_dir(above).map_err(|e| FileError::new("sync", above, e))
 }
 
 /// Gives `dir` a file `name` that holds `image`, at once and for good, or leaves nothing of it behind: when this
@@ -314,6 +339,22 @@ mod tests {
         }
         assert_eq!(fs::read(dir.path().join("f")).unwrap(), b"first");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn k_2_a_directory_that_is_made_is_synced_into_the_one_above() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = dir.path().file_name().unwrap().to_string_lossy().into_owned();
+        let files = crate::faults::FailingFiles::none();
+        for _ in 0..2 {
+            create_dirs(&files, &dir.path().join("a/b")).unwrap();
+            create_dirs(&files, Path::new("/")).unwrap();
+            create_dirs(&files, Path::new("src")).unwrap();
+        }
+        let expected = ["create_dir a".to_owned(), format!("sync_dir {name}"), "create_dir b".to_owned()];
+        assert_eq!(files.log()[..3], expected);
+        assert_eq!(files.log()[3..], ["sync_dir a"]);
+        assert!(dir.path().join("a/b").is_dir());
     }
 
     #[test]

@@ -211,7 +211,8 @@ fn checked_sizes(specs: &[TensorSpec]) -> Result<Vec<u64>, LayoutError> {
         return Err(LayoutError::TooManyTensors { count: specs.len() });
     }
     let mut names = std::collections::BTreeSet::new();
-    let check = |spec| {
+    let mut sizes = Vec::with_capacity(specs.len());
+    for spec in specs {
         let TensorSpec { name, shape, .. } = spec;
         if let Some(why) = bad_name(name) {
             return Err(LayoutError::BadName { name: name.chars().take(64).collect(), why });
@@ -222,9 +223,9 @@ fn checked_sizes(specs: &[TensorSpec]) -> Result<Vec<u64>, LayoutError> {
         if shape.len() > DIMENSIONS_MAX {
             return Err(LayoutError::TooManyDimensions { name: name.clone(), count: shape.len() });
         }
-        spec.bytes().ok_or_else(|| LayoutError::TooLarge { name: name.clone() })
-    };
-    specs.iter().map(check).collect()
+        sizes.push(spec.bytes().ok_or_else(|| LayoutError::TooLarge { name: name.clone() })?);
+    }
+    Ok(sizes)
 }
 
 fn bad_name(name: &str) -> Option<&'static str> {
@@ -347,7 +348,8 @@ mod tests {
         let twice = vec![spec("a", Dtype::U8, &[]), spec("a", Dtype::F32, &[])];
         assert_eq!(error(twice), LayoutError::DuplicateName { name: "a".to_owned() });
         let half = 1 << 41;
-        let large = vec![spec("a", Dtype::U8, &[half]), spec("b", Dtype::U8, &[half]), spec("c", Dtype::U8, &[1])];
+        let large =
+            vec![spec("a", Dtype::U8, &[half]), spec("b", Dtype::U8, &[half]), spec("c", Dtype::U8, &[1])];
         assert_eq!(error(large), LayoutError::TooLarge { name: "c".to_owned() });
         let huge = vec![spec("a", Dtype::U8, &[u64::MAX, u64::MAX])];
         assert_eq!(error(huge), LayoutError::TooLarge { name: "a".to_owned() });

@@ -17,9 +17,9 @@
 //! [`dtype`] and [`layout`] what a state's bytes are and where they lie · [`state`] what a program offers, [`tensors`]
 //! one that owns them, [`values`] the small things beside them · [`stream`] ranges of bytes in and out of a state ·
 //! [`digest`](mod@digest) and [`fingerprint`] how equal states are known · [`plan`] who writes, sends and reads what ·
-//! [`files`] how a file comes to be at once and for good, [`names`](crate::CommitRef) and `header` what it is called
-//! and starts with · [`manifest`] what makes files a checkpoint · [`saver`] writing · [`load`] and [`newest`] reading ·
-//! [`directory`] listing and cleaning.
+//! [`files`] how a file comes to be at once and for good, `names` and `header` what it is called and starts with ·
+//! [`manifest`] what makes files a checkpoint · [`saver`] writing · [`load`] and [`newest`] reading · [`directory`]
+//! listing and cleaning.
 //!
 //! # Invariants
 //! Tests name the rule they prove.
@@ -49,25 +49,42 @@ compile_error!("reknit-checkpoint needs a little-endian 64-bit Unix");
 
 pub mod dtype;
 pub mod layout;
+
 pub mod state;
 pub mod tensors;
 pub mod values;
+
 pub mod stream;
+
 pub mod digest;
 pub mod fingerprint;
+
 pub mod plan;
+
 pub mod files;
-mod names;
 mod header;
+mod names;
+
 pub mod manifest;
-mod staging;
+
 pub mod saver;
-mod shard_file;
+mod staging;
+
 pub mod load;
 pub mod newest;
+mod shard_file;
+
 pub mod directory;
+
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;
 #[cfg(test)]
 mod faults;
+
+// The helpers of the tests, inside and outside of the crate, call it by one name.
+#[cfg(test)]
+extern crate self as reknit_checkpoint;
 
 pub use digest::{Digester, digest};
 pub use directory::{Condition, Listed, Retained, list, retain};
@@ -77,7 +94,8 @@ pub use fingerprint::{Fingerprint, state_digest};
 pub use layout::{ByteRange, Layout, LayoutError, Piece};
 pub use load::{LoadError, LoadReport, Part, ShapeDifference, load_into, open};
 pub use manifest::{
-    AssembleError, BadManifest, Manifest, ManifestMeta, PublishError, ShardEntry, ShardReport, publish_manifest,
+    AssembleError, BadManifest, Manifest, ManifestMeta, PublishError, ShardEntry, ShardReport,
+    publish_manifest,
 };
 pub use newest::{CommitRef, LoadNewestError, Loaded, Warning, load_newest};
 pub use plan::{FileRead, reads, shards, stripes};

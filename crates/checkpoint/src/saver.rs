@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use reknit_membership::{Digest, Generation, JobId, Lineage, Rank, Step, WorldSize};
 
 use crate::digest::{digest, fold_file};
-use crate::files::{FileError, Files, RealFiles, publish};
+use crate::files::{FileError, Files, RealFiles, create_dirs, publish};
 use crate::fingerprint::{Fingerprint, scan};
 use crate::header::header;
 use crate::layout::Layout;
@@ -111,7 +111,9 @@ pub enum SaveError {
         world_size: WorldSize,
     },
     /// The state has other tensors than the layout that the saver was made with.
-    #[error("the state's tensors are not those of the saver's layout; tensor {tensor} is the first that differs")]
+    #[error(
+        "the state's tensors are not those of the saver's layout; tensor {tensor} is the first that differs"
+    )]
     OtherLayout {
         /// The first tensor that differs, as an index.
         tensor: usize,
@@ -125,7 +127,10 @@ pub enum SaveError {
     /// [`Saver::abandon`] was called.
     #[error("the save was abandoned")]
     Abandoned,
-    /// The writer's thread could not be started, or ended by a panic.
+    /// The writer's thread could not be started.
+    #[error("the thread that writes checkpoints cannot be started")]
+    NoWriter(#[source] std::io::Error),
+    /// The writer's thread ended by a panic.
     #[error("the thread that writes checkpoints is gone")]
     WriterGone,
 }
@@ -140,6 +145,7 @@ impl SaveError {
             SaveError::Values(_) => "keep what is large in a tensor",
             SaveError::File(error) => error.hint(),
             SaveError::Abandoned => "nothing to do: the world that saved is over",
+            SaveError::NoWriter(_) => "raise the limit on threads (ulimit -u)",
             SaveError::WriterGone => "look for its panic in the program's output, and restart the program",
         }
     }
@@ -151,6 +157,7 @@ impl SaveError {
             SaveError::NoSuchRank { .. }
             | SaveError::OtherLayout { .. }
             | SaveError::Values(_)
+            | SaveError::NoWriter(_)
             | SaveError::WriterGone => false,
         }
     }
@@ -167,6 +174,7 @@ pub struct Saver {
     abandoned: Arc<AtomicBool>,
     to_writer: Sender<Work>,
     from_writer: Receiver<Finished>,
+    is_writer_gone: bool,
 }
 
 struct Work {
@@ -188,11 +196,17 @@ impl Saver {
     /// # Errors
     /// If the directory cannot be made or written to.
     pub fn new(dir: PathBuf, layout: Layout, options: SaverOptions) -> Result<Saver, SaveError> {
-        std::fs::create_dir_all(&dir).map_err(|e| FileError::new("create", &dir, e))?;
         let files = RealFiles { direct: options.direct_io };
+        create_dirs(&files, &dir)?;
         let probe = dir.join(names::probe());
         drop(files.create(&probe).map_err(|e| FileError::new("create", &probe, e))?);
-        files.remove(&probe).map_err(|e| FileError::new("remove", &probe, e))?;
+        match files.remove(&probe) {
+            // Somebody who cleans up was faster.
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(FileError::new("remove", &probe, e).into());
+            }
+            _ => {}
+        }
         Saver::with_files(Box::new(files), dir, layout, options.notify)
     }
 
@@ -204,11 +218,12 @@ impl Saver {
     ) -> Result<Saver, SaveError> {
         let (to_writer, work) = mpsc::channel();
         let (finished, from_writer) = mpsc::channel();
-        let writer = move || writer(&*files, &dir, &work, &finished, notify.as_deref());
+        let teller = Teller { finished: Some(finished), notify };
+        let writer = move || writer(&*files, &dir, &work, &teller);
         let thread = std::thread::Builder::new().name("reknit-save".to_owned());
-        thread.spawn(writer).map_err(|_| SaveError::WriterGone)?;
+        thread.spawn(writer).map_err(SaveError::NoWriter)?;
         let (staging, abandoned) = (Some(Staging::default()), Arc::default());
-        Ok(Saver { layout, staging, abandoned, to_writer, from_writer })
+        Ok(Saver { layout, staging, abandoned, to_writer, from_writer, is_writer_gone: false })
     }
 
     /// The layout of the states it saves.
@@ -241,6 +256,9 @@ impl Saver {
     /// If the state offers other bytes than its specification says.
     pub fn begin(&mut self, meta: SaveMeta, state: &dyn State) -> Result<Stall, SaveError> {
         let start = Instant::now();
+        if self.is_writer_gone {
+            return Err(SaveError::WriterGone);
+        }
         let staging = self.staging.as_mut().ok_or(SaveError::Busy)?;
         let (rank, world_size) = (meta.rank, meta.world_size);
         if rank.0 >= world_size.0 || world_size.0 > RANKS_MAX {
@@ -280,7 +298,7 @@ impl Saver {
         match self.from_writer.try_recv() {
             Ok(finished) => Some(self.take_back(finished)),
             Err(TryRecvError::Empty) => None,
-            Err(TryRecvError::Disconnected) => Some(Err(SaveError::WriterGone)),
+            Err(TryRecvError::Disconnected) => Some(self.writer_gone()),
         }
     }
 
@@ -292,7 +310,7 @@ impl Saver {
         match self.from_writer.recv_timeout(limit) {
             Ok(finished) => Some(self.take_back(finished)),
             Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => Some(Err(SaveError::WriterGone)),
+            Err(RecvTimeoutError::Disconnected) => Some(self.writer_gone()),
         }
     }
 
@@ -305,6 +323,11 @@ impl Saver {
     fn take_back(&mut self, finished: Finished) -> Result<Saved, SaveError> {
         self.staging = Some(finished.staging);
         finished.outcome
+    }
+
+    fn writer_gone(&mut self) -> Result<Saved, SaveError> {
+        self.is_writer_gone = true;
+        Err(SaveError::WriterGone)
     }
 }
 
@@ -327,23 +350,41 @@ pub(crate) fn first_difference<T: PartialEq>(one: &[T], other: &[T]) -> Option<u
     differ.or((one.len() != other.len()).then(|| one.len().min(other.len())))
 }
 
+/// How the writer's thread tells the saver, and whoever waits for it, that a save is over.
+struct Teller {
+    finished: Option<Sender<Finished>>,
+    notify: Option<Box<dyn Fn() + Send>>,
+}
+
+impl Teller {
+    /// Whether there still is a saver that wants to know.
+    fn tell(&self, outcome: Finished) -> bool {
+        let told = self.finished.as_ref().is_some_and(|finished| finished.send(outcome).is_ok());
+        if let Some(notify) = self.notify.as_ref().filter(|_| told) {
+            notify();
+        }
+        told
+    }
+}
+
+impl Drop for Teller {
+    fn drop(&mut self) {
+        // A panic ends a save too: whoever waits must not wait for ever. First the channel, so that a poll shows it.
+        self.finished = None;
+        if let Some(notify) = self.notify.as_ref().filter(|_| std::thread::panicking()) {
+            notify();
+        }
+    }
+}
+
 /// The writer's thread: one piece of work after the other, until the saver is gone.
-fn writer(
-    files: &dyn Files,
-    dir: &Path,
-    work: &Receiver<Work>,
-    finished: &Sender<Finished>,
-    notify: Option<&(dyn Fn() + Send)>,
-) {
+fn writer(files: &dyn Files, dir: &Path, work: &Receiver<Work>, teller: &Teller) {
     while let Ok(Work { staging, image_bytes, saved, abandoned }) = work.recv() {
         let image = staging.image_ref(image_bytes);
         let go_on = || if abandoned.load(Ordering::Relaxed) { Err(SaveError::Abandoned) } else { Ok(()) };
         let outcome = write_part(files, dir, &saved.meta, image, go_on).map(|()| saved);
-        if finished.send(Finished { staging, outcome }).is_err() {
+        if !teller.tell(Finished { staging, outcome }) {
             return;
-        }
-        if let Some(notify) = notify {
-            notify();
         }
     }
 }

@@ -79,7 +79,9 @@ impl<'a> ShardFile<'a> {
 /// Opens a file that must be a regular one (a pipe would keep the reader waiting), and gives its length in bytes.
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64), LoadError> {
     let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => LoadError::Missing { file: path.to_owned() },
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            LoadError::Missing { file: path.to_owned() }
+        }
         _ => LoadError::Io { file: path.to_owned(), source },
     };
     if !fs::metadata(path).map_err(failed)?.is_file() {

@@ -198,9 +198,8 @@ mod tests {
             TensorSpec::new("c", Dtype::F64, []),
         ];
         let layout = Layout::new(specs.clone()).unwrap();
-        let make = || {
-            Device(specs.clone(), vec![vec![16, 17, 18], (8..16).collect(), vec![], (0..8).collect()])
-        };
+        let make =
+            || Device(specs.clone(), vec![vec![16, 17, 18], (8..16).collect(), vec![], (0..8).collect()]);
         (layout, (0..19).collect(), [Box::new(make()), Box::new(Host(make()))])
     }
 
@@ -273,9 +272,6 @@ mod tests {
     fn a_large_piece_is_read_in_blocks() {
         let piece = Piece { tensor: 0, offset: 5, len: 2 * BLOCK_BYTES + 1, at: 77 };
         let blocks: Vec<_> = blocks(&piece).collect();
-        assert_eq!(
-            blocks,
-            [(5, BLOCK_BYTES), (5 + BLOCK_BYTES, BLOCK_BYTES), (5 + 2 * BLOCK_BYTES, 1)]
-        );
+        assert_eq!(blocks, [(5, BLOCK_BYTES), (5 + BLOCK_BYTES, BLOCK_BYTES), (5 + 2 * BLOCK_BYTES, 1)]);
     }
 }

@@ -209,7 +209,10 @@ impl NamedTensors {
 
     fn with(mut self, spec: TensorSpec, data: Data) -> NamedTensors {
         let elements = each_type!(&data, elements => elements.len());
-        assert!(spec.elements() == Some(elements as u64), "{elements} elements do not make the tensor {spec:?}");
+        assert!(
+            spec.elements() == Some(elements as u64),
+            "{elements} elements do not make the tensor {spec:?}"
+        );
         let before = self.by_name.insert(spec.name.clone(), self.tensors.len());
         assert!(before.is_none(), "two tensors are called {:?}", spec.name);
         self.tensors.push((spec, data));

@@ -142,7 +142,7 @@ mod tests {
     fn k_13_the_digest_stays_what_it_was() {
         // The format promises it: a checkpoint of today is verified by the library of tomorrow.
         let value = json!({"b": [1, -2, 0.5, true, null], "a": "x"});
-        assert_eq!(of(value).to_string(), "GOLDEN_VALUES");
+        assert_eq!(of(value).to_string(), "cd3a87fc6fdf075076c153c06c548bf7");
     }
 
     #[test]

@@ -37,13 +37,21 @@ pub struct GroupOptions {
     /// How long a collective may go without a single byte moved. It includes the time by which one rank enters it
     /// later than another, so it must be longer than the slowest rank may lag behind.
     pub stall: Duration,
+    /// How long a rank that waits inside a collective keeps trying, giving its core away between any two tries, before
+    /// it goes to sleep. Longer makes small collectives faster, and a rank that waits for a slow one costs no more.
+    pub spin: Duration,
     /// How many bytes are moved at a time; at least 4 KiB and at most 16 MiB, whatever it says.
     pub chunk_bytes: usize,
 }
 
 impl Default for GroupOptions {
     fn default() -> GroupOptions {
-        GroupOptions { form: Duration::from_secs(10), stall: Duration::from_secs(60), chunk_bytes: 128 << 10 }
+        GroupOptions {
+            form: Duration::from_secs(10),
+            stall: Duration::from_secs(60),
+            spin: Duration::from_micros(50),
+            chunk_bytes: 128 << 10,
+        }
     }
 }
 

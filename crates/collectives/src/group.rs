@@ -12,7 +12,7 @@ use crate::element::Element;
 use crate::form::{FormError, GroupOptions, Place, connect};
 use crate::neighbours::TcpTransport;
 use crate::reduce::ReduceOp;
-use crate::ring::{Fault, Run, Seat, drive};
+use crate::ring::{Fault, Limits, Run, Seat, drive};
 use crate::schedule::part;
 use crate::wake::Wake;
 use crate::watcher::{Outcome, Watcher};
@@ -270,8 +270,9 @@ impl Ring {
             Some(rank) => lost_neighbour(rank, std::io::ErrorKind::UnexpectedEof),
             None => (Vec::new(), BreakReason::Aborted),
         })?;
+        let limits = Limits { spin: options.spin, stall: options.stall };
         let run = Run::new(call, seat, input, work, &mut self.staging, word);
-        match drive(run, &mut self.transport, abort, options.stall) {
+        match drive(run, &mut self.transport, abort, limits) {
             Ok(word) => {
                 self.watcher.finish(Outcome::Done);
                 Ok(word)

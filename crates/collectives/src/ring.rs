@@ -92,13 +92,21 @@ pub(crate) struct Seat {
     pub(crate) prev: Rank,
 }
 
-/// Runs a collective to its end: the word of all ranks, or why there is none. Returns within `stall` of the last byte
-/// that moved.
+/// How long to wait, counted from the last byte that moved.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Until then, keep trying.
+    pub(crate) spin: Duration,
+    /// Until then, sleep until there is something to do; after it, give up.
+    pub(crate) stall: Duration,
+}
+
+/// Runs a collective to its end: the word of all ranks, or why there is none.
 pub(crate) fn drive<T: Element>(
     mut run: Run<'_, T>,
     transport: &mut impl Transport,
     abort: &AbortHandle,
-    stall: Duration,
+    limits: Limits,
 ) -> Result<ControlWord, Fault> {
     let mut waiting_since = None;
     loop {
@@ -115,13 +123,14 @@ pub(crate) fn drive<T: Element>(
         }
         let want = run.want();
         let waited = waiting_since.get_or_insert_with(Instant::now).elapsed();
-        if waited < SPIN() {
+        if waited < limits.spin {
+            // Sleeping and being woken takes longer than a neighbour takes to answer, and the core is given away
+            // meanwhile to whoever has work.
             std::thread::yield_now();
-            run.bytes = true;
-            run.room = true;
+            (run.room, run.bytes) = (true, true);
             continue;
         }
-        let Some(left) = stall.checked_sub(waited).filter(|left| !left.is_zero()) else {
+        let Some(left) = limits.stall.checked_sub(waited).filter(|left| !left.is_zero()) else {
             return Err(Fault::Stalled { waited, want });
         };
         let ready = transport.wait(want, left).map_err(|error| Fault::System(error.kind()))?;
@@ -383,5 +392,5 @@ fn frame_bytes<T>(step: usize, part: &Range<usize>) -> usize {
     lead(step) + ControlWord::BYTES + part.len() * size_of::<T>()
 }
 
-#[allow(non_snake_case)]
-fn SPIN() -> Duration { static D: std::sync::OnceLock<Duration> = std::sync::OnceLock::new(); *D.get_or_init(|| Duration::from_micros(std::env::var("SPIN").ok().and_then(|s| s.parse().ok()).unwrap_or(0))) }
+#[cfg(test)]
+mod tests;

@@ -130,11 +130,14 @@ pub struct Holdings<'a> {
     pub seats: &'a [Seat],
     /// What they hold.
     pub held: &'a BTreeMap<MemberId, Holding>,
-    /// Members that are leaving and still hold something, with their addresses.
+    /// Members that have no place in the world (because they leave, or because there is none for them) and still hold
+    /// something, with their addresses.
     pub leaving: &'a [(Peer, Holding)],
     /// The lineage of the last world that ran.
     pub lineage: Lineage,
-    /// The committed checkpoints, oldest first.
+    /// The states on the way to the present one: see [`crate::record::JobRecord::branch`].
+    pub branch: &'a BTreeMap<Lineage, Step>,
+    /// The committed checkpoints, oldest first. They lie on the branch.
     pub commits: &'a [Commit],
     /// How the state is spread.
     pub sharding: Sharding,
@@ -156,7 +159,8 @@ pub struct Moves {
 /// The state a world resumes from, and who has to move what.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Decision {
-    /// The state that every member has when the barrier opens.
+    /// The state that every member has when the barrier opens, by the name it has had so far. From then on it goes by
+    /// the lineage of the world that runs from it.
     pub resume: Resume,
     /// Where it comes from.
     pub source: Source,
@@ -167,75 +171,93 @@ pub struct Decision {
 /// Decides from what a world resumes: the highest step whose whole state survives in members' memory, else the newest
 /// readable checkpoint, else (if none was ever committed) what is left of an abandoned branch, else the initial state.
 ///
-/// `None` if checkpoints were committed but none is readable and no memory survives: starting over would throw away
-/// what an operator may still be able to mend.
+/// `None` if checkpoints were committed but none is readable and no memory survives, or if all that survives is in
+/// memory that is not trusted for now: starting over would throw away what an operator may still be able to mend.
 pub fn decide(h: &Holdings<'_>) -> Option<Decision> {
-    let memory = best_in_memory(h, |resume| resume.lineage >= h.lineage);
+    let memory = in_memory(h, |member| !h.distrusted.contains(&member));
+    let present = best(h, &memory, |resume| is_present(h, resume));
     let commit = h.commits.iter().rev().find(|c| !h.unreadable.contains(&c.key()));
-    match (memory, commit) {
+    match (present, commit) {
         (Some(resume), commit) if commit.is_none_or(|c| c.step <= resume.step) => {
-            Some(from_memory(h, resume, resume, Source::Memory))
+            Some(from_memory(h, &memory, resume, Source::Memory))
         }
         (_, Some(commit)) => Some(from_checkpoint(h, commit)),
         (_, None) if !h.commits.is_empty() => None,
-        (_, None) => match best_in_memory(h, |_| true) {
-            Some(held) => {
-                let resume = Resume { lineage: Lineage(h.generation.0), step: held.step };
-                Some(from_memory(h, held, resume, Source::AbandonedMemory))
-            }
+        (_, None) => match best(h, &memory, |_| true) {
+            Some(held) => Some(from_memory(h, &memory, held, Source::AbandonedMemory)),
+            None if best(h, &in_memory(h, |_| true), |_| true).is_some() => None,
             None => from_initial(h),
         },
     }
 }
 
-/// Every trusted holder of the exact state `resume`, leaving members last: they have better things to do.
-fn holders<'a>(h: &'a Holdings<'_>, resume: Resume) -> Vec<(Peer, &'a Shards)> {
-    fn of(holding: &Holding, resume: Resume) -> Option<&Shards> {
+/// A member that has a state, or part of it.
+struct Holder<'a> {
+    member: MemberId,
+    rank: Rank,
+    address: &'a str,
+    shards: &'a Shards,
+    seated: bool,
+}
+
+/// Who holds what, the seated members of each state before the others.
+type Memory<'a> = BTreeMap<Resume, Vec<Holder<'a>>>;
+
+fn in_memory<'a>(h: &Holdings<'a>, trusted: impl Fn(MemberId) -> bool) -> Memory<'a> {
+    let seated = h.seats.iter().filter_map(|seat| {
+        let holding = h.held.get(&seat.member)?;
+        Some((seat.member, seat.rank, seat.address.as_str(), holding, true))
+    });
+    let leaving = h.leaving.iter();
+    let leaving =
+        leaving.map(|(peer, holding)| (peer.member, peer.rank, peer.address.as_str(), holding, false));
+    let mut memory = Memory::new();
+    for (member, rank, address, holding, seated) in seated.chain(leaving) {
         match holding {
-            Holding::State { resume: held, shards } if *held == resume => Some(shards),
-            Holding::State { .. } | Holding::Fresh { .. } | Holding::Nothing => None,
+            Holding::State { resume, shards } if trusted(member) => {
+                let holder = Holder { member, rank, address, shards, seated };
+                memory.entry(present_name(h, *resume)).or_default().push(holder);
+            }
+            Holding::State { .. } | Holding::Fresh { .. } | Holding::Nothing => {}
         }
     }
-    let seated = h.seats.iter().filter_map(|seat| {
-        let shards = of(h.held.get(&seat.member)?, resume)?;
-        Some((Peer { member: seat.member, rank: seat.rank, address: seat.address.clone() }, shards))
-    });
-    let leaving = h.leaving.iter().filter_map(|(peer, holding)| Some((peer.clone(), of(holding, resume)?)));
-    seated.chain(leaving).filter(|(peer, _)| !h.distrusted.contains(&peer.member)).collect()
+    memory
 }
 
-fn shard_count(sharding: Sharding) -> u32 {
-    match sharding {
-        Sharding::Replicated => 1,
-        Sharding::Sharded { count } => count,
-    }
+fn is_on_branch(h: &Holdings<'_>, resume: Resume) -> bool {
+    h.branch.get(&resume.lineage).is_some_and(|last| resume.step <= *last)
 }
 
-/// Whether the holders of `resume` have all of it between them.
-fn whole(h: &Holdings<'_>, resume: Resume) -> bool {
+/// Whether `resume` lies on the way to the present state, or beyond all that the record knows of.
+fn is_present(h: &Holdings<'_>, resume: Resume) -> bool {
+    is_on_branch(h, resume) || resume.lineage > h.lineage
+}
+
+/// A branch has one state per step, whichever of its worlds a member has it from: all go by the last lineage.
+fn present_name(h: &Holdings<'_>, resume: Resume) -> Resume {
+    if is_on_branch(h, resume) { Resume { lineage: h.lineage, step: resume.step } } else { resume }
+}
+
+/// The best state in memory of which every part survives: highest step first, then newest lineage.
+fn best(h: &Holdings<'_>, memory: &Memory<'_>, allowed: impl Fn(Resume) -> bool) -> Option<Resume> {
+    let mut states: Vec<Resume> = memory.keys().copied().filter(|resume| allowed(*resume)).collect();
+    states.sort_by_key(|resume| (resume.step, resume.lineage));
+    states.into_iter().rev().find(|resume| is_whole(h.sharding, &memory[resume]))
+}
+
+/// Whether the holders of a state have all of it between them.
+fn is_whole(sharding: Sharding, holders: &[Holder<'_>]) -> bool {
     let mut have = BTreeSet::new();
-    for (_, shards) in holders(h, resume) {
-        match shards {
+    for holder in holders {
+        match holder.shards {
             Shards::Whole => return true,
             Shards::Only(some) => have.extend(some.iter().copied()),
         }
     }
-    (0..shard_count(h.sharding)).all(|shard| have.contains(&shard))
-}
-
-/// The best state in memory of which every part survives: highest step first, then newest lineage.
-fn best_in_memory(h: &Holdings<'_>, allowed: impl Fn(Resume) -> bool) -> Option<Resume> {
-    let held = h.held.values().chain(h.leaving.iter().map(|(_, holding)| holding));
-    let mut states: Vec<Resume> = held
-        .filter_map(|holding| match holding {
-            Holding::State { resume, .. } => Some(*resume),
-            Holding::Fresh { .. } | Holding::Nothing => None,
-        })
-        .filter(|resume| allowed(*resume))
-        .collect();
-    states.sort_by_key(|resume| (resume.step, resume.lineage));
-    states.dedup();
-    states.into_iter().rev().find(|resume| whole(h, *resume))
+    match sharding {
+        Sharding::Replicated => false,
+        Sharding::Sharded { count } => (0..count).all(|shard| have.contains(&shard)),
+    }
 }
 
 /// The shards that the member at `seat` needs in a world of `size` ranks, empty for a replicated state.
@@ -253,16 +275,16 @@ fn world_size(h: &Holdings<'_>) -> u32 {
     h.seats.iter().map(|s| s.slots).sum()
 }
 
-/// Everybody comes to the state `held` that trusted members have in memory; it will go by the name `resume`.
-fn from_memory(h: &Holdings<'_>, held: Resume, resume: Resume, source: Source) -> Decision {
-    let holders = holders(h, held);
+/// Everybody comes to the state `resume` that trusted members have in memory.
+fn from_memory(h: &Holdings<'_>, memory: &Memory<'_>, resume: Resume, source: Source) -> Decision {
+    let holders = Sources::of(&memory[&resume]);
     let size = world_size(h);
     let mut moves = BTreeMap::new();
     for (index, seat) in h.seats.iter().enumerate() {
-        let own = holders.iter().find(|(peer, _)| peer.member == seat.member).map(|(_, shards)| *shards);
+        let own = holders.shards_of(seat.member);
         let fetch = match h.sharding {
             Sharding::Replicated if own.is_some() => Vec::new(),
-            Sharding::Replicated => vec![Fetch { shards: Vec::new(), from: sources(&holders, None, index) }],
+            Sharding::Replicated => vec![Fetch { shards: Vec::new(), from: holders.pick(None, index) }],
             Sharding::Sharded { .. } => {
                 let missing = needed(h.sharding, seat, size).into_iter().filter(|shard| match own {
                     Some(Shards::Whole) => false,
@@ -272,7 +294,7 @@ fn from_memory(h: &Holdings<'_>, held: Resume, resume: Resume, source: Source) -
                 // Shards with the same holders travel together.
                 let mut by_source: BTreeMap<Vec<MemberId>, Fetch> = BTreeMap::new();
                 for shard in missing {
-                    let from = sources(&holders, Some(shard), index);
+                    let from = holders.pick(Some(shard), index);
                     let key = from.iter().map(|peer| peer.member).collect();
                     by_source
                         .entry(key)
@@ -290,19 +312,60 @@ fn from_memory(h: &Holdings<'_>, held: Resume, resume: Resume, source: Source) -
     Decision { resume, source, moves }
 }
 
-/// Up to [`SOURCES_MAX`] holders of `shard` (of the whole, if `None`), not the same ones for every receiver.
-fn sources(holders: &[(Peer, &Shards)], shard: Option<u32>, receiver: usize) -> Vec<Peer> {
-    let have: Vec<&Peer> = holders
-        .iter()
-        .filter(|(_, shards)| match (shards, shard) {
-            (Shards::Whole, _) => true,
-            (Shards::Only(some), Some(shard)) => some.contains(&shard),
-            (Shards::Only(_), None) => false,
-        })
-        .map(|(peer, _)| peer)
-        .collect();
-    let n = have.len();
-    (0..n.min(SOURCES_MAX)).map(|i| have[(receiver + i) % n].clone()).collect()
+/// The holders of one state, so arranged that finding some for a receiver costs no pass over all of them.
+struct Sources<'a> {
+    holders: &'a [Holder<'a>],
+    of_member: BTreeMap<MemberId, usize>,
+    /// Indices of those that have all of it, in order.
+    whole: Vec<usize>,
+    /// Indices of those that have a part of it, by shard, in order.
+    part: BTreeMap<u32, Vec<usize>>,
+}
+
+impl<'a> Sources<'a> {
+    fn of(holders: &'a [Holder<'a>]) -> Sources<'a> {
+        let of_member = holders.iter().enumerate().map(|(i, holder)| (holder.member, i)).collect();
+        let (mut whole, mut part) = (Vec::new(), BTreeMap::<u32, Vec<usize>>::new());
+        for (i, holder) in holders.iter().enumerate() {
+            match holder.shards {
+                Shards::Whole => whole.push(i),
+                Shards::Only(some) => some.iter().for_each(|shard| part.entry(*shard).or_default().push(i)),
+            }
+        }
+        Sources { holders, of_member, whole, part }
+    }
+
+    fn shards_of(&self, member: MemberId) -> Option<&'a Shards> {
+        self.of_member.get(&member).map(|i| self.holders[*i].shards)
+    }
+
+    /// Up to [`SOURCES_MAX`] holders of `shard` (of the whole, if `None`), not the same ones for every receiver. Who has
+    /// no place in the world comes last: it may have little time left.
+    fn pick(&self, shard: Option<u32>, receiver: usize) -> Vec<Peer> {
+        let part = shard.and_then(|shard| self.part.get(&shard)).map_or(&[][..], Vec::as_slice);
+        let (part, part_outside) = self.seated_first(part);
+        let (whole, whole_outside) = self.seated_first(&self.whole);
+        let mut picked = self.rotated(part, whole, receiver, SOURCES_MAX);
+        let room = SOURCES_MAX - picked.len();
+        picked.extend(self.rotated(part_outside, whole_outside, receiver, room));
+        picked
+    }
+
+    fn seated_first<'b>(&self, list: &'b [usize]) -> (&'b [usize], &'b [usize]) {
+        list.split_at(list.partition_point(|i| self.holders[*i].seated))
+    }
+
+    fn rotated(&self, a: &[usize], b: &[usize], start: usize, most: usize) -> Vec<Peer> {
+        let n = a.len() + b.len();
+        let at = |i: usize| if i < a.len() { a[i] } else { b[i - a.len()] };
+        (0..n.min(most)).map(|i| self.holders[at((start + i) % n)].peer()).collect()
+    }
+}
+
+impl Holder<'_> {
+    fn peer(&self) -> Peer {
+        Peer { member: self.member, rank: self.rank, address: self.address.to_owned() }
+    }
 }
 
 fn from_checkpoint(h: &Holdings<'_>, commit: &Commit) -> Decision {
@@ -313,7 +376,7 @@ fn from_checkpoint(h: &Holdings<'_>, commit: &Commit) -> Decision {
         .iter()
         .map(|seat| (seat.member, Moves { fetch: Vec::new(), load: Some(load(seat)) }))
         .collect();
-    let resume = Resume { lineage: Lineage(h.generation.0), step: commit.step };
+    let resume = Resume { lineage: h.lineage, step: commit.step };
     Decision { resume, source: Source::Checkpoint { step: commit.step }, moves }
 }
 

@@ -157,8 +157,8 @@ number!(
     HistoryId(u64), "h{:x}"
 );
 number!(
-    /// A branch of the job's history of states, named by the generation that loaded it from something other than
-    /// a survivor's memory. Two states are the same only if both lineage and step agree.
+    /// The world that computed a state, by its generation. A world whose members all start from one state computes
+    /// each step once, so world and step together name exactly one state (rule M-15).
     Lineage(u64), "l{}"
 );
 

@@ -21,6 +21,7 @@ mod saving;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::event::{Effect, Event, Message, Transition};
+use crate::holding::Holding;
 use crate::ids::{Generation, MemberId, MemberName, Step, Timestamp};
 use crate::reason::{Closure, Note, Waiting};
 use crate::record::{JobRecord, Stage};
@@ -43,6 +44,8 @@ pub struct Job {
     pub(crate) members_max: u32,
     pub(crate) now: Timestamp,
     pub(crate) members: BTreeMap<MemberId, Member>,
+    /// Who goes by which name.
+    names: BTreeMap<MemberName, MemberId>,
     /// Counts joins: newcomers get their ranks in the order in which they came.
     arrivals: u64,
     /// Ranks that all members bring together: an upper bound that costs no pass over them.
@@ -53,9 +56,23 @@ pub struct Job {
     lease_scan: Timestamp,
     /// Until then a member that has not come back yet may still do so.
     takeover_until: Timestamp,
+    /// Until then members that this coordinator has never heard of may come back with the newest state: only those of
+    /// the last published world are in the record …
+    blind_until: Timestamp,
+    /// … unless that world had run, and one of them is there.
+    took_over_run: bool,
     roster: Roster,
+    /// Members of the last published world that have no stream.
+    adrift: BTreeSet<MemberId>,
+    /// What members hold that said so when their world was over, as long as they have no place in a new one.
+    rested: BTreeMap<MemberId, Holding>,
+    /// Members that were in a world, have no place in the last one and have not yet said what they hold: it may be the
+    /// newest state (rule M-7). And until when that is waited for.
+    unheard: BTreeMap<MemberId, Timestamp>,
     /// Members whose memory was found wrong, until a world runs.
     distrusted: BTreeSet<MemberId>,
+    /// Members that failed as a source once and were given a second chance, until a world runs.
+    doubted: BTreeSet<MemberId>,
     /// Checkpoints that nobody could read, until a world runs.
     unreadable: BTreeSet<(Generation, Step)>,
     /// Worlds in a row that broke although nobody was lost, and how often each member was accused in them.
@@ -159,30 +176,43 @@ impl Job {
         }
         let phase = match record.stage {
             Stage::Forming => Phase::Forming(Forming::resumed(&record, now)),
-            Stage::Published => Phase::Establishing(Establishing::resumed(now, &timing)),
-            Stage::Running => Phase::Running(Running::resumed(now)),
+            Stage::Published => Phase::Establishing(Establishing::resumed(&record, now, &timing)),
+            Stage::Running => Phase::Running(Running::new()),
             Stage::Closed(closure) => Phase::Closed(closure),
         };
-        Job {
+        if matches!(phase, Phase::Closed(_)) {
+            members.clear();
+        }
+        let mut job = Job {
             timing,
             members_max,
             now,
+            names: members.iter().map(|(member, m): (&MemberId, &Member)| (m.name.clone(), *member)).collect(),
             arrivals: members.len() as u64,
             slots_total: members.values().map(|m| m.slots).sum(),
             lease_scan: takeover,
             takeover_until: takeover,
+            blind_until: if record.generation == Generation(0) { now } else { takeover },
+            took_over_run: record.changes.back().is_none_or(|change| change.restored.is_some()),
+            adrift: members.keys().copied().collect(),
             members,
             phase,
             saving: None,
             roster: record.world.as_ref().map(World::roster).unwrap_or_default(),
+            rested: BTreeMap::new(),
+            unheard: BTreeMap::new(),
             distrusted: BTreeSet::new(),
+            doubted: BTreeSet::new(),
             unreadable: BTreeSet::new(),
             fruitless: 0,
             grudges: BTreeMap::new(),
             top_step: record.resume.step,
             resized: false,
             record,
-        }
+        };
+        // What was asked for and has not been done yet is asked for again. Nobody is attached, so nobody is told.
+        job.review(true, &mut Out::default());
+        job
     }
 
     /// What follows from `event` at `now`.
@@ -233,7 +263,7 @@ impl Job {
     pub fn next_deadline(&self) -> Option<Timestamp> {
         let phase = match &self.phase {
             Phase::Forming(forming) => forming.deadline(),
-            Phase::Establishing(establishing) => Some(establishing.deadline),
+            Phase::Establishing(establishing) => Some(self.establishing_deadline(establishing)),
             Phase::Restoring(restoring) => Some(restoring.deadline),
             Phase::Running(running) => running.deadline(),
             Phase::Closed(_) => return None,
@@ -270,9 +300,7 @@ impl Job {
     pub fn waiting(&self) -> Waiting {
         match &self.phase {
             Phase::Forming(forming) => self.forming_waits_for(forming),
-            Phase::Establishing(establishing) => Waiting::Ready {
-                missing: self.seated_except(|member| establishing.ready.contains_key(&member)),
-            },
+            Phase::Establishing(establishing) => self.establishing_waits_for(establishing),
             Phase::Restoring(restoring) => {
                 Waiting::Restored { missing: restoring.pending.keys().copied().collect() }
             }
@@ -291,8 +319,17 @@ impl Job {
         self.record.world.iter().flat_map(|world| world.seats.iter().map(|seat| seat.member))
     }
 
+    /// How many members the last published world has.
+    fn seats(&self) -> usize {
+        self.record.world.as_ref().map_or(0, |world| world.seats.len())
+    }
+
     fn is_seated(&self, member: MemberId) -> bool {
         self.members.get(&member).is_some_and(|m| m.seat.is_some())
+    }
+
+    fn is_reachable(&self, member: MemberId) -> bool {
+        self.members.get(&member).is_some_and(|m| m.stream == Stream::Up)
     }
 
     fn tick(&mut self, out: &mut Out) {
@@ -314,6 +351,10 @@ impl Job {
         for (member, _) in std::mem::take(&mut self.members) {
             out.tell(member, Message::Closed(closure));
         }
+        self.names.clear();
+        self.adrift.clear();
+        self.rested.clear();
+        self.unheard.clear();
         self.saving = None;
         self.phase = Phase::Closed(closure);
     }

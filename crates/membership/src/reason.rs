@@ -34,7 +34,7 @@ pub enum Waiting {
     },
     /// Members of the last world lost their stream and may hold the newest state.
     Reattaching {
-        /// Who they are.
+        /// Who they are. Nobody: the coordinator has just started, and members it does not know of may come back.
         missing: Vec<MemberId>,
     },
     /// Members are accused by a neighbour and have not yet spoken for themselves or hung up.
@@ -47,7 +47,7 @@ pub enum Waiting {
         /// Until the next try.
         left: Duration,
     },
-    /// Members have not yet answered the new world.
+    /// Members have not yet answered the new world; or have no place in it, and have not yet said what they hold.
     Ready {
         /// Who has not.
         missing: Vec<MemberId>,

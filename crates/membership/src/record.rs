@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::holding::{Resume, Source};
-use crate::ids::{Digest, Generation, HistoryId, JobId, MemberId, MemberName, Step, Timestamp};
+use crate::ids::{Digest, Generation, HistoryId, JobId, Lineage, MemberId, MemberName, Step, Timestamp};
 use crate::reason::{Cause, Closure, Departure, Drain};
 use crate::spec::{Shape, Spec};
 use crate::world::World;
@@ -163,6 +163,27 @@ impl JobRecord {
             self.changes.pop_front();
         }
         self.changes.push_back(change);
+    }
+
+    /// The states that lie on the way to the present one: for every world that ran on it, the last of its steps that
+    /// counts. What a world computed beyond the step at which a later one went on is not part of it.
+    pub fn branch(&self) -> BTreeMap<Lineage, Step> {
+        let mut branch = BTreeMap::new();
+        let mut last = Step(u64::MAX);
+        for change in self.changes.iter().rev() {
+            let (Some(resume), Some(source)) = (change.resume, change.source) else { continue };
+            branch.insert(resume.lineage, last);
+            last = last.min(resume.step);
+            let goes_back = match source {
+                Source::Memory | Source::Checkpoint { .. } => true,
+                Source::AbandonedMemory | Source::Initial => false,
+            };
+            // What came before a store was put back is not known for sure; at step 0 there is nothing before.
+            if !goes_back || last == Step(0) || change.causes.contains(&Cause::StoreRolledBack) {
+                break;
+            }
+        }
+        branch
     }
 
     /// The name of `member` in the last published world.

@@ -77,7 +77,9 @@ impl World {
 
     /// The member that has `rank`, if the world has that rank.
     pub fn member_at(&self, rank: Rank) -> Option<MemberId> {
-        self.seats.iter().find(|s| s.rank.0 <= rank.0 && rank.0 - s.rank.0 < s.slots).map(|s| s.member)
+        let after = self.seats.partition_point(|s| s.rank <= rank);
+        let seat = self.seats.get(after.checked_sub(1)?)?;
+        (rank.0 - seat.rank.0 < seat.slots).then_some(seat.member)
     }
 
     /// What the member at `seat` is told.

@@ -1,32 +1,45 @@
 //! When every member has answered the new world, and from which state it resumes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use super::restoring::Restoring;
 use super::{Job, Out, Phase};
 use crate::holding::{Decision, Holding, Holdings, decide};
 use crate::ids::{Generation, MemberId, Timestamp};
-use crate::reason::{Cause, Departure, Note};
+use crate::reason::{Cause, Departure, Note, Waiting};
+use crate::record::JobRecord;
 use crate::spec::{Sharding, Timing};
-use crate::world::Peer;
 
 /// A world is published; its members leave the old one, build the new one and say what they hold.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Establishing {
     pub(super) ready: BTreeMap<MemberId, Holding>,
-    since: Timestamp,
+    pub(super) since: Timestamp,
     pub(super) deadline: Timestamp,
-    pub(super) leaving: Vec<(Peer, Holding)>,
+    /// The number of the first plan, should there be plans.
+    pub(super) first_attempt: u32,
 }
 
 impl Establishing {
-    pub(super) fn new(now: Timestamp, timing: &Timing, leaving: Vec<(Peer, Holding)>) -> Establishing {
-        Establishing { ready: BTreeMap::new(), since: now, deadline: now.after(timing.establish), leaving }
+    pub(super) fn new(now: Timestamp, timing: &Timing) -> Establishing {
+        let deadline = now.after(timing.establish);
+        Establishing { ready: BTreeMap::new(), since: now, deadline, first_attempt: 1 }
     }
 
     /// The phase of a job whose record says that a world is published: members attach again first.
-    pub(super) fn resumed(now: Timestamp, timing: &Timing) -> Establishing {
-        Establishing::new(now.after(timing.takeover), timing, Vec::new())
+    ///
+    /// Plans may have been told before, under numbers that nobody remembers; numbers that follow the clock are above
+    /// them.
+    pub(super) fn resumed(record: &JobRecord, now: Timestamp, timing: &Timing) -> Establishing {
+        let age = record.changes.back().map_or(Duration::ZERO, |change| now.since(change.learned));
+        let first_attempt = u32::try_from(age.as_millis()).unwrap_or(u32::MAX / 2).max(1);
+        Establishing { first_attempt, ..Establishing::new(now.after(timing.takeover), timing) }
+    }
+
+    pub(super) fn each_deadline(&mut self, change: &mut dyn FnMut(&mut Timestamp)) {
+        change(&mut self.since);
+        change(&mut self.deadline);
     }
 }
 
@@ -45,49 +58,61 @@ impl Job {
         if generation != self.record.generation || !self.is_seated(member) {
             return;
         }
-        let seats = self.record.world.as_ref().map_or(0, |world| world.seats.len());
-        let Phase::Establishing(establishing) = &mut self.phase else { return };
-        establishing.ready.insert(member, holding);
-        if establishing.ready.len() < seats {
+        if let Phase::Establishing(establishing) = &mut self.phase {
+            establishing.ready.insert(member, holding);
+            self.resume_if_ready(out);
+        }
+    }
+
+    /// All that the next state depends on is known as soon as every member of the world has answered, and everybody who
+    /// was left out of it has said what it holds.
+    pub(super) fn resume_if_ready(&mut self, out: &mut Out) {
+        let (seats, unheard) = (self.seats(), self.unheard.len());
+        let Phase::Establishing(establishing) = &self.phase else { return };
+        if establishing.ready.len() < seats || unheard > 0 || self.others_may_know_more(establishing) {
             return;
         }
+        let Phase::Establishing(establishing) = &mut self.phase else { return };
         let held = std::mem::take(&mut establishing.ready);
-        let leaving = std::mem::take(&mut establishing.leaving);
+        let first_attempt = establishing.first_attempt;
         if let Some(change) = self.record.changes.back_mut() {
             change.rebuilt.get_or_insert(self.now);
         }
-        self.resume_from(held, leaving, out);
+        self.resume_from(held, first_attempt, out);
+    }
+
+    /// After a start of the coordinator: whether a member that it has not heard of may hold a newer state than all who
+    /// are there. Not if one of the last world that ran is there, for its other members are all known.
+    fn others_may_know_more(&self, establishing: &Establishing) -> bool {
+        let newest = |holding: &Holding| match holding {
+            Holding::State { resume, .. } => resume.lineage == self.record.resume.lineage,
+            Holding::Fresh { .. } | Holding::Nothing => false,
+        };
+        self.now < self.blind_until && !(self.took_over_run && establishing.ready.values().any(newest))
     }
 
     /// Decides from which state the world resumes, and lets it run at once if nobody has to move anything.
-    fn resume_from(
-        &mut self,
-        held: BTreeMap<MemberId, Holding>,
-        leaving: Vec<(Peer, Holding)>,
-        out: &mut Out,
-    ) {
-        match self.decide(&held, &leaving) {
+    fn resume_from(&mut self, held: BTreeMap<MemberId, Holding>, attempt: u32, out: &mut Out) {
+        match self.decide(&held) {
             None => self.unrestorable(out),
-            Some(decision) if decision.moves.is_empty() => self.go(decision.resume, decision.source, out),
+            Some(decision) if decision.moves.is_empty() => {
+                self.go(decision.resume.step, decision.source, out);
+            }
             Some(decision) => {
-                let restoring = Restoring::new(decision, held, leaving, self.now, &self.timing);
-                restoring.tell_plans(self.record.generation, out);
-                self.phase = Phase::Restoring(restoring);
+                let deadline = self.now.after(self.timing.restore);
+                self.restore(Restoring::new(decision, held, attempt, deadline), out);
             }
         }
     }
 
-    pub(super) fn decide(
-        &self,
-        held: &BTreeMap<MemberId, Holding>,
-        leaving: &[(Peer, Holding)],
-    ) -> Option<Decision> {
+    pub(super) fn decide(&self, held: &BTreeMap<MemberId, Holding>) -> Option<Decision> {
         decide(&Holdings {
             generation: self.record.generation,
             seats: self.record.world.as_ref().map_or(&[], |world| &world.seats),
             held,
-            leaving,
+            leaving: &self.outside(),
             lineage: self.record.resume.lineage,
+            branch: &self.record.branch(),
             commits: &self.record.commits,
             sharding: self.record.shape.map_or(Sharding::Replicated, |shape| shape.sharding),
             distrusted: &self.distrusted,
@@ -106,29 +131,45 @@ impl Job {
         self.try_form(out);
     }
 
+    pub(super) fn establishing_deadline(&self, establishing: &Establishing) -> Timestamp {
+        let unheard = self.unheard.values().min().copied();
+        let blind = (self.now < self.blind_until).then_some(self.blind_until);
+        [unheard, blind].into_iter().flatten().fold(establishing.deadline, Timestamp::min)
+    }
+
     /// Members that have not answered in time are struck off, unless they show that they know the world and are only
-    /// held up by their own program.
+    /// held up by their own program. Those that have no place in it hold up the others no longer than that.
     pub(super) fn establish_overdue(&mut self, out: &mut Out) {
-        let Phase::Establishing(establishing) = &mut self.phase else { return };
+        let mut late: Vec<MemberId> = Vec::new();
+        late.extend(self.unheard.iter().filter(|(_, until)| **until <= self.now).map(|(member, _)| *member));
+        late.extend(self.unready_for_too_long());
+        for member in &late {
+            self.lose(*member, Departure::Unready, out);
+        }
+        self.after_loss(out);
+    }
+
+    fn unready_for_too_long(&mut self) -> Vec<MemberId> {
+        let Phase::Establishing(establishing) = &mut self.phase else { return Vec::new() };
         if self.now < establishing.deadline {
-            return;
+            return Vec::new();
         }
         establishing.deadline = self.now.after(self.timing.establish);
         let patience_ends = establishing.since.after(self.timing.busy) <= self.now;
         let generation = self.record.generation;
         let ready = &establishing.ready;
-        let late: Vec<MemberId> = self
-            .members
+        self.members
             .iter()
             .filter(|(member, m)| m.seat.is_some() && !ready.contains_key(member))
             .filter(|(_, m)| patience_ends || m.heard < generation)
             .map(|(member, _)| *member)
-            .collect();
-        for member in &late {
-            self.lose(*member, Departure::Unready, out);
-        }
-        if !late.is_empty() {
-            self.after_loss(out);
-        }
+            .collect()
+    }
+
+    pub(super) fn establishing_waits_for(&self, establishing: &Establishing) -> Waiting {
+        let mut missing = self.seated_except(|member| establishing.ready.contains_key(&member));
+        missing.extend(self.unheard.keys());
+        // With nobody missing, it is members that this coordinator does not know yet.
+        if missing.is_empty() { Waiting::Reattaching { missing } } else { Waiting::Ready { missing } }
     }
 }

@@ -10,7 +10,7 @@ use crate::ids::{MemberId, Rank, Timestamp};
 use crate::reason::{Cause, Closure, Departure, Note, Waiting};
 use crate::record::{JobRecord, Stage, WorldChange};
 use crate::spec::Timing;
-use crate::world::{Peer, Seat, Shortage, World, select};
+use crate::world::{Seat, Shortage, World, select};
 
 /// Between two worlds.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -24,46 +24,69 @@ pub(crate) struct Forming {
     /// Ranks of the last world that ran.
     pub(super) before: u32,
     /// Whether more members may be on their way: at the first formation, and after there were too few.
-    cold: bool,
-    last_call: Option<LastCall>,
+    pub(super) cold: bool,
+    pub(super) last_call: Option<LastCall>,
     /// Accused members whose stream is up, and until when each may speak for itself or hang up.
     pub(super) settling: BTreeMap<MemberId, Timestamp>,
     /// Members that reported the break themselves.
     pub(super) spoken: BTreeSet<MemberId>,
     /// Nothing could be restored: not tried again before this instant.
     pub(super) hold: Option<Timestamp>,
-    /// Members that are leaving at this boundary, and what they hold.
-    pub(super) leaving: Vec<(Peer, Holding)>,
     /// Whether the members of the last world know that it is over.
     told: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct LastCall {
+pub(super) struct LastCall {
     /// However many still join, it ends then.
-    at_most: Timestamp,
+    pub(super) at_most: Timestamp,
     /// It ends then if nobody joins.
-    until: Timestamp,
+    pub(super) until: Timestamp,
 }
 
 impl Forming {
-    /// The phase of a job whose record says that no world lives.
-    pub(super) fn resumed(record: &JobRecord, now: Timestamp) -> Forming {
-        let unfinished = record.changes.back().filter(|change| change.restored.is_none());
+    fn new(record: &JobRecord, learned: Timestamp, stopped: Timestamp) -> Forming {
         Forming {
-            causes: unfinished.map(|change| change.causes.clone()).unwrap_or_default(),
-            learned: unfinished.map_or(now, |change| change.learned),
-            stopped: unfinished.map_or(now, |change| change.stopped),
+            causes: Vec::new(),
+            learned,
+            stopped,
             before: ranks_before(record),
-            cold: true,
+            cold: false,
             last_call: None,
             settling: BTreeMap::new(),
             spoken: BTreeSet::new(),
             hold: None,
-            leaving: Vec::new(),
-            // Whoever attaches is told.
-            told: true,
+            told: false,
         }
+    }
+
+    /// The phase after a break. What was under way to the world that broke carries on: a change that has not yet led to
+    /// a running world and the one that follows are one recovery for the people who wait.
+    fn after_break(record: &JobRecord, now: Timestamp) -> Forming {
+        match record.changes.back().filter(|change| change.restored.is_none()) {
+            Some(change) => Forming {
+                causes: change.causes.clone(),
+                ..Forming::new(record, change.learned, change.stopped)
+            },
+            None => Forming::new(record, now, now),
+        }
+    }
+
+    /// The phase of a job whose record says that no world lives.
+    pub(super) fn resumed(record: &JobRecord, now: Timestamp) -> Forming {
+        // Whoever attaches is told that the last world is over.
+        let mut forming = Forming { cold: true, told: true, ..Forming::after_break(record, now) };
+        if let Some(world) = &record.world {
+            let lost = world.seats.iter().filter_map(|seat| {
+                let how = record.departure(seat.member).filter(|how| *how != Departure::Drained)?;
+                Some(Cause::Lost { name: seat.name.clone(), how })
+            });
+            forming.causes.extend(lost);
+            if world.generation != record.generation {
+                forming.causes.push(Cause::StoreRolledBack);
+            }
+        }
+        forming
     }
 
     /// A joiner may be followed by another.
@@ -96,72 +119,34 @@ enum Obstacle {
 }
 
 impl Job {
-    /// The world is over. What was under way to it carries on: a change that has not yet led to a running world and
-    /// the one that follows are one recovery for the people who wait.
+    /// The world is over.
     pub(super) fn break_world(&mut self, cause: Cause, out: &mut Out) {
-        let now = self.now;
-        let mut forming = Forming {
-            causes: Vec::new(),
-            learned: now,
-            stopped: now,
-            before: ranks_before(&self.record),
-            cold: false,
-            last_call: None,
-            settling: BTreeMap::new(),
-            spoken: BTreeSet::new(),
-            hold: None,
-            leaving: Vec::new(),
-            told: false,
-        };
-        match &mut self.phase {
-            Phase::Establishing(Establishing { leaving, .. }) => forming.leaving = std::mem::take(leaving),
-            Phase::Restoring(restoring) => forming.leaving = std::mem::take(&mut restoring.leaving),
-            Phase::Running(_) => {}
+        match self.phase {
+            Phase::Establishing(_) | Phase::Restoring(_) | Phase::Running(_) => {}
             Phase::Forming(_) | Phase::Closed(_) => return,
         }
-        if let Some(change) = self.record.changes.back().filter(|change| change.restored.is_none()) {
-            forming.causes = change.causes.clone();
-            forming.learned = change.learned;
-            forming.stopped = change.stopped;
-        }
+        let mut forming = Forming::after_break(&self.record, self.now);
         forming.causes.push(cause);
-        self.phase = Phase::Forming(forming);
-        self.record.stage = Stage::Forming;
-        out.save();
-        let waited_for: Vec<MemberId> = self
-            .members
-            .iter()
-            .filter(|(_, m)| m.seat.is_some() && m.stream != Stream::Up)
-            .map(|(member, _)| *member)
-            .collect();
-        for member in waited_for {
-            self.shorten_lease(member);
-        }
+        self.between_worlds(forming, out);
     }
 
     /// All members stand at a step boundary: the old world is over, the next one follows at once.
     pub(super) fn form_at_boundary(
         &mut self,
         learned: Timestamp,
-        leaving: Vec<(Peer, Holding)>,
+        arrived: BTreeMap<MemberId, Holding>,
         out: &mut Out,
     ) {
-        self.phase = Phase::Forming(Forming {
-            causes: Vec::new(),
-            learned,
-            stopped: self.now,
-            before: ranks_before(&self.record),
-            cold: false,
-            last_call: None,
-            settling: BTreeMap::new(),
-            spoken: BTreeSet::new(),
-            hold: None,
-            leaving,
-            told: false,
-        });
+        self.rested.extend(arrived);
+        self.between_worlds(Forming::new(&self.record, learned, self.now), out);
+        self.try_form(out);
+    }
+
+    fn between_worlds(&mut self, forming: Forming, out: &mut Out) {
+        self.phase = Phase::Forming(forming);
         self.record.stage = Stage::Forming;
         out.save();
-        self.try_form(out);
+        self.shorten_leases_adrift();
     }
 
     /// Forms the next world if nothing stands against it; otherwise makes sure that everybody knows the old one is
@@ -176,27 +161,30 @@ impl Job {
         if forming.hold.is_some_and(|until| until <= now) {
             forming.hold = None;
             self.distrusted.clear();
+            self.doubted.clear();
             self.unreadable.clear();
         }
         if forming.last_call.is_some_and(|call| now < call.until) && self.slots_total < self.record.spec.max {
             return;
         }
         self.evict_unreachable(out);
-        let chosen = match self.obstacle() {
-            Ok(chosen) => chosen,
-            Err(obstacle) => return self.wait_for(&obstacle, out),
-        };
-        let Phase::Forming(forming) = &mut self.phase else { return };
-        if forming.cold && (chosen.len() < self.members.len() || self.ranks(&chosen) < self.record.spec.max) {
-            let at_most = now.after(self.timing.last_call * 4);
-            let Phase::Forming(forming) = &mut self.phase else { return };
-            let first = LastCall { at_most, until: now.after(self.timing.last_call) };
-            let call = *forming.last_call.get_or_insert(first);
-            if now < call.until {
-                return self.tell_break(out);
-            }
+        match self.obstacle() {
+            Err(obstacle) => self.wait_for(&obstacle, out),
+            Ok(chosen) if self.call_lasts(&chosen) => self.tell_break(out),
+            Ok(chosen) => self.publish(&chosen, out),
         }
-        self.publish(&chosen, out);
+    }
+
+    /// Whether others may still join: asked for when enough have.
+    fn call_lasts(&mut self, chosen: &[MemberId]) -> bool {
+        let more = self.ranks(chosen) < self.record.spec.max;
+        let (now, last_call) = (self.now, self.timing.last_call);
+        let Phase::Forming(forming) = &mut self.phase else { return false };
+        if !forming.cold || !more {
+            return false;
+        }
+        let first = LastCall { at_most: now.after(last_call * 4), until: now.after(last_call) };
+        now < forming.last_call.get_or_insert(first).until
     }
 
     fn ranks(&self, chosen: &[MemberId]) -> u32 {
@@ -204,9 +192,20 @@ impl Job {
     }
 
     fn wait_for(&mut self, obstacle: &Obstacle, out: &mut Out) {
-        if let (Obstacle::Shortage(_), Phase::Forming(forming)) = (obstacle, &mut self.phase) {
-            forming.cold = true;
-            forming.last_call = None;
+        let Phase::Forming(forming) = &mut self.phase else { return };
+        match obstacle {
+            Obstacle::Shortage(_) => {
+                forming.cold = true;
+                forming.last_call = None;
+            }
+            // The call is over: what it waits for now is something else, and it is not called again after that.
+            Obstacle::Settling | Obstacle::Reattaching | Obstacle::Hold(_)
+                if forming.last_call.is_some_and(|call| call.until <= self.now) =>
+            {
+                forming.cold = false;
+                forming.last_call = None;
+            }
+            Obstacle::Settling | Obstacle::Reattaching | Obstacle::Hold(_) => {}
         }
         self.tell_break(out);
     }
@@ -217,7 +216,7 @@ impl Job {
             return Err(Obstacle::Settling);
         }
         // A survivor without a stream may hold the newest state (rule M-7): it is waited for as long as its lease lasts.
-        if self.survivors_without_stream().next().is_some() {
+        if !self.adrift.is_empty() {
             return Err(Obstacle::Reattaching);
         }
         if let Some(until) = forming.hold {
@@ -229,10 +228,6 @@ impl Job {
             return Err(Obstacle::Shortage(shortage));
         }
         select(&self.record.spec, &self.candidates()).map_err(Obstacle::Shortage)
-    }
-
-    fn survivors_without_stream(&self) -> impl Iterator<Item = MemberId> + '_ {
-        self.seated().filter(|member| self.members.get(member).is_some_and(|m| m.stream != Stream::Up))
     }
 
     /// Who could be in the next world, in rank order: survivors as they were, then the others as they came (rule M-3).
@@ -284,7 +279,7 @@ impl Job {
         let Phase::Forming(forming) = &mut self.phase else { return };
         let (learned, stopped, before) = (forming.learned, forming.stopped, forming.before);
         let mut causes = std::mem::take(&mut forming.causes);
-        let leaving = std::mem::take(&mut forming.leaving);
+        let told = forming.told;
         let lost = causes.iter().any(|cause| matches!(cause, Cause::Lost { .. }));
         if lost {
             self.fruitless = 0;
@@ -295,28 +290,16 @@ impl Job {
         }
         self.add_planned_causes(chosen, &mut causes);
         causes.dedup();
+        // A branch of states ends at a store that was put back: that cause must not fall to the limit.
+        causes.sort_by_key(|cause| *cause != Cause::StoreRolledBack);
         causes.truncate(CAUSES_MAX);
 
-        let generation = self.record.generation.next();
-        let mut rank = 0;
-        let mut seats = Vec::with_capacity(chosen.len());
-        for m in self.members.values_mut() {
-            m.seat = None;
-        }
-        for (index, member) in chosen.iter().enumerate() {
-            let Some(m) = self.members.get_mut(member) else { continue };
-            m.seat = Some(index as u32);
-            seats.push(Seat {
-                member: *member,
-                name: m.name.clone(),
-                rank: Rank(rank),
-                slots: m.slots,
-                address: m.address.clone(),
-            });
-            rank += m.slots;
-        }
-        let world = World { generation, seats };
+        let over = self.record.generation;
+        let generation = over.next();
+        let unplaced = self.take_places(chosen);
+        let world = World { generation, seats: self.seats_of(chosen) };
         self.roster = world.roster();
+        let rank = self.roster.size.0;
         self.record.generation = generation;
         self.record.world = Some(world);
         self.record.stage = Stage::Published;
@@ -336,12 +319,53 @@ impl Job {
             steps_lost: 0,
         });
         self.resized = false;
-        self.phase = Phase::Establishing(Establishing::new(self.now, &self.timing, leaving));
+        self.phase = Phase::Establishing(Establishing::new(self.now, &self.timing));
         out.save();
         out.note(Note::Formed { generation, size: rank, causes });
+        for member in unplaced {
+            // Who reported at the boundary knows, and who was told while there were too few does, too.
+            if !told && !self.rested.contains_key(&member) {
+                out.tell(member, Message::Break { generation: over });
+            }
+            self.ask_what_it_holds(member);
+        }
+        let patience = self.now.after(self.timing.establish);
+        self.unheard.values_mut().for_each(|until| *until = patience);
         for (index, member) in chosen.iter().enumerate() {
             self.tell_world(*member, index as u32, out);
         }
+    }
+
+    /// Gives the chosen members their places. Returns those who had one and have none any more.
+    fn take_places(&mut self, chosen: &[MemberId]) -> Vec<MemberId> {
+        let mut unplaced: BTreeSet<MemberId> = BTreeSet::new();
+        for (member, m) in &mut self.members {
+            if m.seat.take().is_some() {
+                unplaced.insert(*member);
+            }
+        }
+        for (index, member) in chosen.iter().enumerate() {
+            if let Some(m) = self.members.get_mut(member) {
+                m.seat = Some(index as u32);
+            }
+            unplaced.remove(member);
+            self.rested.remove(member);
+            self.unheard.remove(member);
+        }
+        unplaced.into_iter().collect()
+    }
+
+    fn seats_of(&self, chosen: &[MemberId]) -> Vec<Seat> {
+        let mut rank = 0;
+        let members = chosen.iter().filter_map(|member| Some((member, self.members.get(member)?)));
+        members
+            .map(|(member, m)| {
+                let first = Rank(rank);
+                rank += m.slots;
+                let (name, address) = (m.name.clone(), m.address.clone());
+                Seat { member: *member, name, rank: first, slots: m.slots, address }
+            })
+            .collect()
     }
 
     /// What the new world's membership says of why it was formed.
@@ -358,7 +382,8 @@ impl Job {
             let name = seat.name.clone();
             causes.push(if drain.by_notice { Cause::Notice { name } } else { Cause::Drain { name } });
         }
-        for m in chosen.iter().filter_map(|member| self.members.get(member)).filter(|m| m.seat.is_none()) {
+        let members = chosen.iter().filter_map(|member| self.members.get(member));
+        for m in members.filter(|m| m.seat.is_none()) {
             causes.push(Cause::Joined { name: m.name.clone() });
         }
         if causes.is_empty() {
@@ -372,7 +397,7 @@ impl Job {
                 Waiting::Settling { suspects: forming.settling.keys().copied().collect() }
             }
             Err(Obstacle::Reattaching) => {
-                Waiting::Reattaching { missing: self.survivors_without_stream().collect() }
+                Waiting::Reattaching { missing: self.adrift.iter().copied().collect() }
             }
             Err(Obstacle::Hold(until)) => Waiting::Unrestorable { left: until.since(self.now) },
             Err(Obstacle::Shortage(Shortage::BelowMin { have, need })) => Waiting::BelowMin { have, need },

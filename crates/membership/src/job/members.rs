@@ -19,25 +19,38 @@ impl Job {
             out.tell(member, Message::Refused(refusal));
             return;
         }
-        if join.history == Some(self.record.history) && join.generation > self.record.generation {
-            self.store_rolled_back(join.generation, out);
+        let told = join.history.map_or(Generation(0), |_| join.generation);
+        if told > self.record.generation {
+            self.store_rolled_back(told, out);
         }
-        if let Some(known) = self.members.get_mut(&member) {
-            known.stream = Stream::Up;
-            known.heard = known.heard.max(join.generation);
-        } else {
+        let is_new = !self.members.contains_key(&member);
+        if is_new {
             self.admit(member, &join, out);
+        }
+        if let Some(m) = self.members.get_mut(&member) {
+            m.stream = Stream::Up;
+            m.heard = m.heard.max(told);
+            self.adrift.remove(&member);
         }
         self.extend_lease(member);
         let renew_every = self.timing.renew_every(self.members.len());
         out.tell(member, Message::Attached { history: self.record.history, renew_every });
-        self.retell(member, &join, out);
+        self.retell(member, told, join.running, out);
+        self.after_attach(member, is_new, out);
+    }
+
+    /// What a member that has come, or come back, makes possible. A repeated join changes nothing (rule M-9).
+    fn after_attach(&mut self, member: MemberId, is_new: bool, out: &mut Out) {
+        self.release_if_drained(member, out);
         let seated = self.is_seated(member);
         match &mut self.phase {
             Phase::Forming(forming) => {
-                forming.last_call_again(self.now, &self.timing);
+                if is_new {
+                    forming.last_call_again(self.now, &self.timing);
+                }
                 self.try_form(out);
             }
+            Phase::Establishing(_) => self.resume_if_ready(out),
             Phase::Running(running) if running.asked() => {
                 // The wish for a boundary may have gone to a stream that was dead already.
                 if running.asked_of(member) {
@@ -45,8 +58,8 @@ impl Job {
                 }
                 self.ask_boundary(out);
             }
-            Phase::Running(_) if !seated => self.review(true, out),
-            Phase::Running(_) | Phase::Establishing(_) | Phase::Restoring(_) | Phase::Closed(_) => {}
+            Phase::Running(_) if !seated => self.consider_spare(member, is_new, out),
+            Phase::Running(_) | Phase::Restoring(_) | Phase::Closed(_) => {}
         }
     }
 
@@ -60,6 +73,11 @@ impl Job {
         }
         if let Some(how) = self.record.departure(member) {
             return Some(Refusal::Departed(how));
+        }
+        let far_ahead = self.record.generation.0.saturating_add(GENERATION_JUMP_MAX);
+        if join.generation.0 > far_ahead {
+            let ours = self.record.history;
+            return Some(Refusal::OtherHistory { ours, theirs: join.history.unwrap_or(ours) });
         }
         if self.members.contains_key(&member) {
             return None;
@@ -79,11 +97,6 @@ impl Job {
                 return Some(Refusal::OtherRecipe);
             }
         }
-        let far_ahead = self.record.generation.0.saturating_add(GENERATION_JUMP_MAX);
-        if join.generation.0 > far_ahead {
-            let ours = self.record.history;
-            return Some(Refusal::OtherHistory { ours, theirs: join.history.unwrap_or(ours) });
-        }
         if self.members.len() >= self.members_max as usize && self.named(&join.name).is_none() {
             return Some(Refusal::TooManyMembers { limit: self.members_max });
         }
@@ -98,6 +111,7 @@ impl Job {
         self.arrivals += 1;
         self.slots_total = self.slots_total.saturating_add(join.slots);
         out.note(Note::Joined { member, name: join.name.clone() });
+        self.names.insert(join.name.clone(), member);
         self.members.insert(
             member,
             Member {
@@ -118,24 +132,30 @@ impl Job {
     /// Numbers that were used must not be used again (rule M-2), and nobody is in the world the record speaks of.
     fn store_rolled_back(&mut self, seen: Generation, out: &mut Out) {
         out.note(Note::StoreRolledBack { knew: self.record.generation, seen });
-        match self.phase {
+        match &mut self.phase {
             Phase::Running(_) | Phase::Establishing(_) | Phase::Restoring(_) => {
                 self.break_world(Cause::StoreRolledBack, out);
             }
-            Phase::Forming(_) | Phase::Closed(_) => {}
+            Phase::Forming(forming) => forming.causes.push(Cause::StoreRolledBack),
+            Phase::Closed(_) => {}
         }
         self.record.generation = seen;
         out.save();
     }
 
     /// A new stream has missed what was told to the old one.
-    fn retell(&mut self, member: MemberId, join: &Join, out: &mut Out) {
-        let Some(seat) = self.members.get(&member).and_then(|m| m.seat) else { return };
+    fn retell(&mut self, member: MemberId, told: Generation, running: bool, out: &mut Out) {
         let generation = self.record.generation;
-        match &self.phase {
-            Phase::Forming(_) if join.generation > Generation(0) => {
-                out.tell(member, Message::Break { generation })
+        let Some(seat) = self.members.get(&member).and_then(|m| m.seat) else {
+            if told > Generation(0) {
+                // It was in a world that is over, and may have missed that.
+                out.tell(member, Message::Break { generation: told });
+                self.ask_what_it_holds(member);
             }
+            return self.retell_publish(member, out);
+        };
+        match &self.phase {
+            Phase::Forming(_) if told > Generation(0) => out.tell(member, Message::Break { generation }),
             Phase::Forming(_) | Phase::Closed(_) => {}
             Phase::Establishing(_) => self.tell_world(member, seat, out),
             Phase::Restoring(restoring) => {
@@ -145,13 +165,40 @@ impl Job {
                     out.tell(member, Message::Plan(plan));
                 }
             }
-            Phase::Running(_) if join.generation == generation && join.running => {}
+            Phase::Running(_) if told == generation && running => {}
             Phase::Running(_) => {
                 self.tell_world(member, seat, out);
                 out.tell(member, Message::Go { generation, resume: self.record.resume });
             }
         }
         self.retell_publish(member, out);
+    }
+
+    /// A member without a place that was in a world may hold the newest state. It was told that its world is over, and
+    /// says what it holds as soon as its program rests.
+    pub(super) fn ask_what_it_holds(&mut self, member: MemberId) {
+        if !self.rested.contains_key(&member) {
+            let until = self.now.after(self.timing.establish);
+            self.unheard.entry(member).or_insert(until);
+        }
+    }
+
+    /// A member whose world is over says what it holds.
+    pub(super) fn rests(&mut self, member: MemberId, holding: Holding, out: &mut Out) {
+        self.unheard.remove(&member);
+        self.rested.insert(member, holding);
+        self.resume_if_ready(out);
+    }
+
+    /// Members without a place in the world that serve what they hold, with their addresses.
+    pub(super) fn outside(&self) -> Vec<(Peer, Holding)> {
+        let serving = self.rested.iter().filter(|(member, _)| self.is_reachable(**member));
+        serving
+            .filter_map(|(member, holding)| {
+                let address = self.members.get(member)?.address.clone();
+                Some((Peer::outside(*member, address), holding.clone()))
+            })
+            .collect()
     }
 
     pub(super) fn tell_world(&self, member: MemberId, seat: u32, out: &mut Out) {
@@ -162,27 +209,31 @@ impl Job {
     }
 
     pub(super) fn named(&self, name: &MemberName) -> Option<MemberId> {
-        self.members.iter().find(|(_, m)| m.name == *name).map(|(id, _)| *id)
+        self.names.get(name).copied()
     }
 
     pub(super) fn detached(&mut self, member: MemberId, out: &mut Out) {
         let Some(m) = self.members.get_mut(&member) else { return };
         m.stream = Stream::Ended;
-        let waited_for =
-            m.seat.is_none() || !matches!(self.phase, Phase::Running(_)) || self.seated().count() == 1;
-        match &mut self.phase {
+        let seated = m.seat.is_some();
+        if seated {
+            self.adrift.insert(member);
+        }
+        let alone = self.seats() == 1;
+        let waited_for = match &mut self.phase {
             Phase::Forming(forming) if forming.settling.contains_key(&member) => {
                 self.lose(member, Departure::Died, out);
-                self.try_form(out);
-                return;
+                return self.try_form(out);
             }
             Phase::Running(running) => {
+                let stopping = running.stopping();
                 if running.asked_of(member) {
                     self.ask_boundary(out);
                 }
+                !seated || alone || stopping
             }
-            Phase::Forming(_) | Phase::Establishing(_) | Phase::Restoring(_) | Phase::Closed(_) => {}
-        }
+            Phase::Forming(_) | Phase::Establishing(_) | Phase::Restoring(_) | Phase::Closed(_) => true,
+        };
         if waited_for {
             self.shorten_lease(member);
         }
@@ -242,13 +293,12 @@ impl Job {
         if self.record.drains.insert(member, drain) != Some(drain) {
             out.save();
         }
+        self.release_drained(out);
         match self.phase {
-            Phase::Running(_) => {
-                self.release_drained(out);
-                self.review(true, out);
-            }
+            Phase::Running(_) => self.review(true, out),
             Phase::Forming(_) => self.try_form(out),
-            Phase::Establishing(_) | Phase::Restoring(_) | Phase::Closed(_) => {}
+            Phase::Establishing(_) => self.resume_if_ready(out),
+            Phase::Restoring(_) | Phase::Closed(_) => {}
         }
     }
 
@@ -257,6 +307,13 @@ impl Job {
         if let Some(m) = self.members.get_mut(&member) {
             m.lease = m.lease.max(self.now.after(lease));
             self.lease_scan = self.lease_scan.min(m.lease);
+        }
+    }
+
+    /// Everybody waits for the members of the last world: those without a stream get only so long to come back.
+    pub(super) fn shorten_leases_adrift(&mut self) {
+        for member in self.adrift.clone() {
+            self.shorten_lease(member);
         }
     }
 
@@ -291,9 +348,23 @@ impl Job {
         }
     }
 
+    /// Nobody could be heard for a while, so nobody can have been late.
     pub(super) fn stalled(&mut self, by: Duration) {
-        for m in self.members.values_mut() {
-            m.lease = m.lease.after(by);
+        self.each_deadline(&mut |at| *at = at.after(by));
+    }
+
+    /// Every instant at which somebody's time is up.
+    pub(super) fn each_deadline(&mut self, change: &mut dyn FnMut(&mut Timestamp)) {
+        self.members.values_mut().for_each(|m| change(&mut m.lease));
+        self.unheard.values_mut().for_each(&mut *change);
+        change(&mut self.lease_scan);
+        [&mut self.takeover_until, &mut self.blind_until].into_iter().filter(|at| **at > self.now).for_each(&mut *change);
+        match &mut self.phase {
+            Phase::Forming(forming) => forming.settling.values_mut().for_each(change),
+            Phase::Establishing(establishing) => establishing.each_deadline(change),
+            Phase::Restoring(restoring) => change(&mut restoring.deadline),
+            Phase::Running(running) => running.each_deadline(change),
+            Phase::Closed(_) => {}
         }
     }
 
@@ -318,12 +389,8 @@ impl Job {
         };
         out.tell(member, last_word);
         self.record.depart(member, how);
-        self.distrusted.remove(&member);
-        self.grudges.remove(&member);
+        self.forget(member, &lost.name);
         self.saving_lost(member, out);
-        if let Some(leaving) = self.leaving_mut() {
-            leaving.retain(|(peer, _)| peer.member != member);
-        }
         if lost.seat.is_none() {
             if self.members.is_empty() && self.record.generation == Generation(0) {
                 // Nobody is left of those who said what the job looks like.
@@ -343,14 +410,16 @@ impl Job {
         }
     }
 
-    /// Members on their way out that still serve what they hold.
-    fn leaving_mut(&mut self) -> Option<&mut Vec<(Peer, Holding)>> {
-        match &mut self.phase {
-            Phase::Forming(forming) => Some(&mut forming.leaving),
-            Phase::Establishing(establishing) => Some(&mut establishing.leaving),
-            Phase::Restoring(restoring) => Some(&mut restoring.leaving),
-            Phase::Running(_) | Phase::Closed(_) => None,
+    fn forget(&mut self, member: MemberId, name: &MemberName) {
+        if self.names.get(name) == Some(&member) {
+            self.names.remove(name);
         }
+        self.adrift.remove(&member);
+        self.rested.remove(&member);
+        self.unheard.remove(&member);
+        self.distrusted.remove(&member);
+        self.doubted.remove(&member);
+        self.grudges.remove(&member);
     }
 
     /// What a loss makes possible or necessary.
@@ -358,7 +427,8 @@ impl Job {
         match self.phase {
             Phase::Forming(_) => self.try_form(out),
             Phase::Running(_) => self.review(false, out),
-            Phase::Establishing(_) | Phase::Restoring(_) | Phase::Closed(_) => {}
+            Phase::Establishing(_) => self.resume_if_ready(out),
+            Phase::Restoring(_) | Phase::Closed(_) => {}
         }
     }
 
@@ -372,10 +442,11 @@ impl Job {
         if !self.members.contains_key(&member) {
             return self.refuse_stranger(member, out);
         }
+        self.extend_lease(member);
         if generation != self.record.generation || !self.is_seated(member) {
             return;
         }
-        let Some(world) = &self.record.world else { return };
+        let Some(world) = self.record.world.as_ref().filter(|world| world.generation == generation) else { return };
         let accused: Vec<MemberId> = suspects
             .iter()
             .filter_map(|rank| world.member_at(*rank))

@@ -1,0 +1,55 @@
+//! C-10: threads and descriptors end with what they belong to. The only test in its process, because it counts them.
+
+mod common;
+
+use std::time::Instant;
+
+use common::{World, each, index, soon};
+use reknit_collectives::{BreakReason, ControlWord, GroupOptions, ReduceOp};
+
+/// How many threads and descriptors this process has.
+fn count() -> (usize, usize) {
+    let entries = |path| std::fs::read_dir(path).unwrap().count();
+    (entries("/proc/self/task"), entries("/proc/self/fd"))
+}
+
+/// A joined thread may be in the kernel's list for a moment longer.
+fn check_count(want: (usize, usize), when: &str) {
+    let deadline = soon();
+    while count() != want {
+        assert!(Instant::now() < deadline, "C-10: {:?} threads and descriptors {when}, not {want:?}", count());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn worlds_that_form_and_break_leave_nothing_behind() {
+    let before = count();
+    for size in [1, 2, 4] {
+        let mut world = World::with(size, GroupOptions::default());
+        let listening = count();
+        for round in 0..100 {
+            let mut groups = world.form();
+            if round % 4 == 1 {
+                groups.remove(0);
+            }
+            each(groups, move |group| {
+                let mut data = vec![1f32; 1000];
+                let first = index(group) == 0;
+                match round % 4 {
+                    0 => {}
+                    2 if first => group.abort_handle().abort(BreakReason::Aborted),
+                    3 if first => {
+                        let _ = group.barrier(ControlWord::NONE);
+                    }
+                    _ => group.on_neighbour_lost(|_| {}),
+                }
+                let result = group.all_reduce(&mut data, ReduceOp::Sum, ControlWord::NONE);
+                assert!(size == 1 || result.is_ok() == (round % 4 == 0), "round {round}: {result:?}");
+            });
+            check_count(listening, "after a world has ended");
+        }
+        drop(world);
+        check_count(before, "after its listeners have ended");
+    }
+}

@@ -1,0 +1,96 @@
+//! What can be set, typed once. Defaults work on a laptop.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use reknit_membership::Timing;
+use reknit_membership::spec::BadTiming;
+
+/// Where records live.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreConfig {
+    /// In memory: gone with the process. For tests.
+    Memory,
+    /// In a file in this directory, which is created if it is not there.
+    Embedded {
+        /// The directory.
+        dir: PathBuf,
+    },
+}
+
+/// All that a server can be told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where it listens. Port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Where records live.
+    pub store: StoreConfig,
+    /// How long a silent member may live. Every other time follows from it.
+    pub silence: Duration,
+    /// What a peer may ask for.
+    pub limits: Limits,
+}
+
+/// Limits on everything that a peer controls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Open connections. One more is closed at once.
+    pub connections: usize,
+    /// How long a connection may take to show that it speaks HTTP/2.
+    pub first_bytes: Duration,
+    /// How long a stream may take to introduce itself.
+    pub introduction: Duration,
+    /// The largest message a peer may send, in bytes.
+    pub message_bytes: usize,
+    /// Messages that may wait for one member or watcher.
+    pub outbound: usize,
+    /// Events that may wait for one job; senders beyond it wait.
+    pub inbound: usize,
+    /// Jobs that are known at once.
+    pub jobs: usize,
+    /// Members of one job.
+    pub members: u32,
+    /// Members that one status or roster page lists.
+    pub listed: usize,
+    /// Streams on one connection.
+    pub streams_per_connection: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 16_384,
+            first_bytes: Duration::from_secs(5),
+            introduction: Duration::from_secs(5),
+            message_bytes: 1 << 20,
+            outbound: 64,
+            inbound: 1024,
+            jobs: 1_000,
+            members: 20_000,
+            listed: 1_000,
+            streams_per_connection: 64,
+        }
+    }
+}
+
+impl Config {
+    /// The times by which every job waits.
+    ///
+    /// # Errors
+    /// [`BadTiming`] if `silence` is out of range.
+    pub fn timing(&self) -> Result<Timing, BadTiming> {
+        Timing::derive(self.silence)
+    }
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            store: StoreConfig::Embedded { dir: PathBuf::from("reknit-data") },
+            silence: Duration::from_secs(3),
+            limits: Limits::default(),
+        }
+    }
+}

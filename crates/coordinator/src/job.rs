@@ -1,0 +1,529 @@
+//! The task that owns one job: it feeds the core, saves what the core says must be saved, and only then tells anybody.
+//!
+//! Everybody else holds a [`JobHandle`]. The task ends when the job is forgotten, when the server stops, or when nobody
+//! is left of a job that never formed a world.
+
+mod log;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use reknit_membership::event::{Answer, Effect, Event, Join, Message, Operation, Request};
+use reknit_membership::record::{JobRecord, Stage, WorldChange};
+use reknit_membership::status::Status;
+use reknit_membership::world::Seat;
+use reknit_membership::{Generation, Job, JobId, MemberId, Timestamp, Timing};
+use reknit_proto::{record, rendezvous, v1};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use crate::clock::Clock;
+use crate::config::Limits;
+use crate::counters::Counters;
+use crate::secret::JobSecret;
+use crate::store::{Revision, Store, StoreError};
+
+/// Tells one stream of a member from a later one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ConnectionId(pub u64);
+
+/// The way to one member. Dropping it ends the member's stream. Messages are boxed because a queue reserves room for a
+/// few dozen of them per member, and almost always holds none.
+#[derive(Debug)]
+pub struct Outbound {
+    /// Which of the member's streams.
+    pub connection: ConnectionId,
+    /// Takes messages until the limit is reached; then the reader is too slow and is cut off.
+    pub sender: mpsc::Sender<Box<v1::CoordinatorMessage>>,
+}
+
+/// A page of a roster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RosterPage {
+    /// The world's generation.
+    pub generation: Generation,
+    /// Digest of the whole roster.
+    pub digest: u64,
+    /// Some of its seats, in rank order.
+    pub seats: Vec<Seat>,
+    /// Where the next page begins.
+    pub next: Option<u32>,
+}
+
+/// What a job's task is asked.
+#[derive(Debug)]
+pub enum Input {
+    /// A member's stream begins.
+    Attach {
+        /// Who.
+        member: MemberId,
+        /// How it introduces itself.
+        join: Join,
+        /// The way to it.
+        outbound: Outbound,
+    },
+    /// A member's stream ended.
+    Detached {
+        /// Who.
+        member: MemberId,
+        /// Which of its streams.
+        connection: ConnectionId,
+    },
+    /// A member says something.
+    Said {
+        /// On which of its streams.
+        connection: ConnectionId,
+        /// What.
+        event: Event,
+    },
+    /// An operator asks for something.
+    Operate {
+        /// What.
+        operation: Operation,
+        /// Where the answer goes, once what was changed is saved.
+        answer: oneshot::Sender<Answer>,
+    },
+    /// Somebody wants to see the job.
+    Status {
+        /// How many members to list.
+        members_max: usize,
+        /// Where it goes, with the number of all members.
+        answer: oneshot::Sender<(Status, u32)>,
+    },
+    /// Somebody wants to see its changes.
+    History {
+        /// Where they go.
+        answer: oneshot::Sender<Vec<WorldChange>>,
+    },
+    /// Somebody wants to see its roster.
+    Roster {
+        /// The first seat.
+        from: usize,
+        /// How many.
+        most: usize,
+        /// Where it goes; nothing if there has been no world.
+        answer: oneshot::Sender<Option<RosterPage>>,
+    },
+    /// Deletes the record of a job that has ended.
+    Forget {
+        /// Whether it was done: not if the job has not ended.
+        answer: oneshot::Sender<bool>,
+    },
+    /// The server stops: every stream ends, the record stays.
+    Stop,
+}
+
+/// The job's task is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the job is not served here any more")]
+pub struct JobGone;
+
+/// What others hold of a job.
+#[derive(Debug, Clone)]
+pub struct JobHandle {
+    inputs: mpsc::Sender<Input>,
+    changed: watch::Receiver<u64>,
+}
+
+impl JobHandle {
+    /// Hands something to the task, waiting for room.
+    ///
+    /// # Errors
+    /// [`JobGone`] if the task has ended.
+    pub async fn send(&self, input: Input) -> Result<(), JobGone> {
+        self.inputs.send(input).await.map_err(|_| JobGone)
+    }
+
+    /// Hands a question to the task and waits for the answer.
+    ///
+    /// # Errors
+    /// [`JobGone`] if the task has ended.
+    pub async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Input) -> Result<T, JobGone> {
+        let (answer, answered) = oneshot::channel();
+        self.send(question(answer)).await?;
+        answered.await.map_err(|_| JobGone)
+    }
+
+    /// Counts the job's changes, for those who watch it.
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.changed.clone()
+    }
+
+    /// Whether the task has ended.
+    pub fn is_gone(&self) -> bool {
+        self.inputs.is_closed()
+    }
+}
+
+/// What every job's task of a server has in common.
+#[derive(Clone)]
+pub struct Surroundings {
+    /// Where records live.
+    pub store: Arc<dyn Store>,
+    /// The server's clock.
+    pub clock: Clock,
+    /// By which jobs wait.
+    pub timing: Timing,
+    /// What peers may ask for.
+    pub limits: Limits,
+    /// Counts for operators.
+    pub counters: Arc<Counters>,
+}
+
+/// The record of a job as the task takes it up.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// The record.
+    pub record: JobRecord,
+    /// What its generations' secrets are derived from.
+    pub secret: JobSecret,
+    /// The revision it was read with; zero if it was never saved.
+    pub revision: Revision,
+}
+
+/// How often the task wakes at the least, as a part of the silence a member is allowed: from a longer gap it knows that
+/// it was held up itself, so that members could not be heard.
+const PULSES_PER_SILENCE: u32 = 6;
+
+/// How long it waits before it tries to save again.
+const SAVE_RETRY: Duration = Duration::from_millis(200);
+
+/// Makes a job's task; the returned future is its life.
+pub fn job_task(known: Known, surroundings: Surroundings) -> (JobHandle, impl Future<Output = ()> + Send) {
+    let (inputs, inbox) = mpsc::channel(surroundings.limits.inbound);
+    let (changed, watched) = watch::channel(0);
+    let now = surroundings.clock.now();
+    let job = Job::restore(known.record, surroundings.timing, surroundings.limits.members, now);
+    let task = JobTask {
+        job,
+        secret: known.secret,
+        revision: known.revision,
+        around: surroundings,
+        streams: BTreeMap::new(),
+        answers: BTreeMap::new(),
+        requests: 0,
+        changed,
+    };
+    (JobHandle { inputs, changed: watched }, task.run(inbox))
+}
+
+struct JobTask {
+    job: Job,
+    secret: JobSecret,
+    revision: Revision,
+    around: Surroundings,
+    streams: BTreeMap<MemberId, Outbound>,
+    answers: BTreeMap<Request, oneshot::Sender<Answer>>,
+    requests: u64,
+    changed: watch::Sender<u64>,
+}
+
+/// Whether the task goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Life {
+    GoesOn,
+    Ends,
+}
+
+impl JobTask {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Input>) {
+        let pulse = self.around.timing.silence / PULSES_PER_SILENCE;
+        let mut next_pulse = Instant::now() + pulse;
+        loop {
+            let due = self.job.next_deadline().map(|at| self.around.clock.instant(at));
+            let wake = due.map_or(next_pulse, |due| due.min(next_pulse));
+            // The clock comes first: a flood of messages must not keep leases from running out.
+            let life = tokio::select! {
+                biased;
+                () = tokio::time::sleep_until(wake) => {
+                    let late = next_pulse.elapsed();
+                    if next_pulse <= Instant::now() {
+                        next_pulse = Instant::now() + pulse;
+                    }
+                    self.pulse(late, pulse).await
+                }
+                input = inbox.recv() => match input {
+                    Some(input) => self.take(input).await,
+                    None => Life::Ends,
+                },
+            };
+            if life == Life::Ends {
+                return;
+            }
+        }
+    }
+
+    async fn pulse(&mut self, late: Duration, pulse: Duration) -> Life {
+        if late > pulse {
+            tracing::warn!(job = %self.job_id(), late_ms = late.as_millis(), "held up; leases are lengthened");
+            if self.step(Event::Stalled { by: late }).await == Life::Ends {
+                return Life::Ends;
+            }
+        }
+        let due = self.job.next_deadline().is_some_and(|at| at <= self.now());
+        if due { self.step(Event::Tick).await } else { Life::GoesOn }
+    }
+
+    fn now(&self) -> Timestamp {
+        self.around.clock.now()
+    }
+
+    fn job_id(&self) -> &JobId {
+        &self.job.record().job
+    }
+
+    async fn take(&mut self, input: Input) -> Life {
+        match input {
+            Input::Attach { member, join, outbound } => {
+                // An older stream of the same member ends here: its sender is dropped.
+                self.streams.insert(member, outbound);
+                let event = Event::Attach { member, join };
+                self.around.counters.received(&event);
+                self.step(event).await
+            }
+            Input::Detached { member, connection } => {
+                if !self.is_current(member, connection) {
+                    return Life::GoesOn;
+                }
+                self.streams.remove(&member);
+                let life = self.step(Event::Detached { member }).await;
+                if self.is_abandoned() { Life::Ends } else { life }
+            }
+            Input::Said { connection, event } => {
+                if let Some(member) = speaker(&event)
+                    && !self.is_current(member, connection)
+                {
+                    return Life::GoesOn;
+                }
+                self.around.counters.received(&event);
+                self.step(event).await
+            }
+            Input::Operate { operation, answer } => {
+                self.requests += 1;
+                let request = Request(self.requests);
+                self.answers.insert(request, answer);
+                self.step(Event::Operate { request, operation }).await
+            }
+            Input::Status { members_max, answer } => {
+                let status = self.job.status(members_max.min(self.around.limits.listed));
+                // Whoever asked may have gone away; so with every answer below.
+                let _ = answer.send((status, self.job.member_count() as u32));
+                Life::GoesOn
+            }
+            Input::History { answer } => {
+                let _ = answer.send(self.job.record().changes.iter().cloned().collect());
+                Life::GoesOn
+            }
+            Input::Roster { from, most, answer } => {
+                let _ = answer.send(self.roster(from, most.min(self.around.limits.listed)));
+                Life::GoesOn
+            }
+            Input::Forget { answer } => self.forget(answer).await,
+            Input::Stop => Life::Ends,
+        }
+    }
+
+    fn is_current(&self, member: MemberId, connection: ConnectionId) -> bool {
+        self.streams.get(&member).is_some_and(|stream| stream.connection == connection)
+    }
+
+    /// Nobody is left of a job that never was anything: a mistyped id must not stay for ever.
+    fn is_abandoned(&self) -> bool {
+        self.streams.is_empty() && self.revision == Revision::default()
+    }
+
+    fn roster(&self, from: usize, most: usize) -> Option<RosterPage> {
+        let world = self.job.record().world.as_ref()?;
+        let seats: Vec<Seat> = world.seats.iter().skip(from).take(most).cloned().collect();
+        let end = from.saturating_add(seats.len());
+        let next = (end < world.seats.len() && !seats.is_empty()).then_some(end as u32);
+        Some(RosterPage { generation: world.generation, digest: world.roster_digest(), seats, next })
+    }
+
+    async fn forget(&mut self, answer: oneshot::Sender<bool>) -> Life {
+        let ended = matches!(self.job.record().stage, Stage::Closed(_));
+        if !ended {
+            let _ = answer.send(false);
+            return Life::GoesOn;
+        }
+        let removed = self.around.store.remove(self.job_id(), self.revision).await;
+        match removed {
+            Ok(()) => {
+                let _ = answer.send(true);
+                Life::Ends
+            }
+            Err(why) => {
+                // The question stays unanswered: the caller is told to ask again.
+                tracing::error!(job = %self.job_id(), error = %why, "a record could not be removed");
+                Life::GoesOn
+            }
+        }
+    }
+
+    /// Feeds the core, and whatever follows from telling members (a reader that was cut off is one more event).
+    async fn step(&mut self, event: Event) -> Life {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let now = self.now();
+            let transition = self.job.step(now, event);
+            if transition.save.is_none() && transition.then.is_empty() {
+                continue;
+            }
+            if let Some(record) = transition.save
+                && let Err(life) = self.save(&record).await
+            {
+                return life;
+            }
+            for effect in transition.then {
+                events.extend(self.perform(effect));
+            }
+            self.changed.send_modify(|count| *count += 1);
+        }
+        Life::GoesOn
+    }
+
+    /// Saves, for as long as it takes: until then nobody is told anything (rule D-2). A world that runs does not need
+    /// the coordinator meanwhile.
+    async fn save(&mut self, record: &JobRecord) -> Result<(), Life> {
+        let value = record::encode(record, self.secret.as_bytes());
+        let began = Instant::now();
+        loop {
+            match self.around.store.save(self.job_id(), self.revision, value.clone()).await {
+                Ok(revision) => {
+                    self.revision = revision;
+                    break;
+                }
+                Err(why) if why.is_retryable() => {
+                    tracing::error!(job = %self.job_id(), error = %source_text(&why), "a record could not be saved; \
+                        members are not told of the change until it can");
+                    tokio::time::sleep(SAVE_RETRY).await;
+                }
+                Err(StoreError::Conflict) if self.was_saved_by_us(&value).await => break,
+                Err(why) => {
+                    tracing::error!(job = %self.job_id(), error = %source_text(&why), "the record is not ours any more");
+                    return Err(self.start_over().await);
+                }
+            }
+        }
+        self.around.counters.saved();
+        let waited = began.elapsed();
+        if waited > self.around.timing.silence / PULSES_PER_SILENCE {
+            // Nobody was heard meanwhile.
+            let held_up = self.job.step(self.now(), Event::Stalled { by: waited });
+            debug_assert_eq!((held_up.save, held_up.then.len()), (None, 0), "a stall tells nobody anything");
+        }
+        if record.stage == Stage::Published {
+            self.job.published(self.now());
+        }
+        Ok(())
+    }
+
+    /// A save was carried out and only its answer was lost, if what is there is what we wrote.
+    async fn was_saved_by_us(&mut self, value: &[u8]) -> bool {
+        match self.around.store.load(self.job_id()).await {
+            Ok(Some(saved)) if saved.value == value => {
+                self.revision = saved.revision;
+                true
+            }
+            Ok(_) | Err(_) => false,
+        }
+    }
+
+    /// Somebody else changed the record: what this task believes is void (rule D-3). Members attach again.
+    async fn start_over(&mut self) -> Life {
+        self.streams.clear();
+        self.answers.clear();
+        loop {
+            match self.around.store.load(self.job_id()).await {
+                Ok(Some(saved)) => match record::decode(&saved.value) {
+                    Ok((record, secret)) => {
+                        let (timing, limits) = (self.around.timing, self.around.limits);
+                        self.job = Job::restore(record, timing, limits.members, self.now());
+                        self.secret = JobSecret::from_bytes(secret);
+                        self.revision = saved.revision;
+                        return Life::GoesOn;
+                    }
+                    Err(why) => {
+                        tracing::error!(job = %self.job_id(), error = %why, "the record cannot be read");
+                        return Life::Ends;
+                    }
+                },
+                Ok(None) => return Life::Ends,
+                Err(why) if why.is_retryable() => tokio::time::sleep(SAVE_RETRY).await,
+                Err(why) => {
+                    tracing::error!(job = %self.job_id(), error = %source_text(&why), "the record cannot be read");
+                    return Life::Ends;
+                }
+            }
+        }
+    }
+
+    /// Does what the core wants done. Returns what follows from it.
+    fn perform(&mut self, effect: Effect) -> Option<Event> {
+        match effect {
+            Effect::Tell { member, message } => self.tell(member, &message),
+            Effect::Answer { request, answer } => {
+                if let Some(waiting) = self.answers.remove(&request) {
+                    let _ = waiting.send(answer);
+                }
+                None
+            }
+            Effect::Note(note) => {
+                log::note(self.job_id(), &note);
+                None
+            }
+        }
+    }
+
+    fn tell(&mut self, member: MemberId, message: &Message) -> Option<Event> {
+        let stream = self.streams.get(&member)?;
+        let wire = rendezvous::to_member(message, |generation| self.secret.of(generation));
+        self.around.counters.sent();
+        let sent = stream.sender.try_send(Box::new(wire));
+        if message.is_last() {
+            self.streams.remove(&member);
+            return None;
+        }
+        if sent.is_err() {
+            // It does not read, or it is gone: its stream ends (rule D-4).
+            self.streams.remove(&member);
+            return Some(Event::Detached { member });
+        }
+        None
+    }
+}
+
+/// The member that an event comes from, if it comes from one.
+fn speaker(event: &Event) -> Option<MemberId> {
+    match event {
+        Event::Attach { member, .. }
+        | Event::Detached { member }
+        | Event::Renew { member, .. }
+        | Event::Leave { member }
+        | Event::Ready { member, .. }
+        | Event::Restored { member, .. }
+        | Event::RestoreFailed { member, .. }
+        | Event::Broken { member, .. }
+        | Event::Boundary { member, .. }
+        | Event::FirstStep { member, .. }
+        | Event::Finished { member, .. }
+        | Event::ShardWritten { member, .. }
+        | Event::SaveFailed { member, .. }
+        | Event::ManifestWritten { member, .. }
+        | Event::Notice { member, .. } => Some(*member),
+        Event::Operate { .. } | Event::Stalled { .. } | Event::Tick => None,
+    }
+}
+
+/// An error with what lies beneath it, for a log line.
+pub(crate) fn source_text(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(beneath) = source {
+        text.push_str(": ");
+        text.push_str(&beneath.to_string());
+        source = beneath.source();
+    }
+    text
+}

@@ -1,0 +1,143 @@
+//! The table of the jobs that a server serves.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use reknit_membership::spec::BadSpec;
+use reknit_membership::{HistoryId, JobId, JobRecord, Spec};
+use reknit_proto::BadMessage;
+use tokio::task::JoinSet;
+
+use crate::job::{Input, JobHandle, Known, Surroundings, job_task};
+use crate::secret::JobSecret;
+use crate::store::{Revision, StoreError};
+
+/// Why a job cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum OpenJobError {
+    #[error("no job has this id")]
+    NoSuchJob,
+    #[error("{0}")]
+    BadSpec(BadSpec),
+    #[error("the server serves as many jobs as it may ({limit})")]
+    TooManyJobs { limit: usize },
+    #[error("the server is stopping")]
+    Stopping,
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("the job's record cannot be read: {0}")]
+    Record(#[from] BadMessage),
+    #[error("the operating system gives no randomness")]
+    NoRandomness(#[source] getrandom::Error),
+}
+
+/// The jobs of one server.
+#[derive(Clone)]
+pub(crate) struct Jobs {
+    pub(crate) around: Surroundings,
+    table: Arc<Mutex<Table>>,
+}
+
+#[derive(Default)]
+struct Table {
+    handles: BTreeMap<JobId, JobHandle>,
+    tasks: JoinSet<()>,
+    stopping: bool,
+}
+
+impl Jobs {
+    pub(crate) fn new(around: Surroundings) -> Jobs {
+        Jobs { around, table: Arc::default() }
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut Table) -> T) -> T {
+        // Nothing in a critical section can panic half way through a change.
+        act(&mut self.table.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes up every job that the store has.
+    pub(crate) async fn load_all(&self) -> Result<usize, OpenJobError> {
+        let jobs = self.around.store.jobs().await?;
+        for job in &jobs {
+            self.open(job, None).await?;
+        }
+        Ok(jobs.len())
+    }
+
+    /// The job of that id, if it is served.
+    pub(crate) fn get(&self, job: &JobId) -> Option<JobHandle> {
+        self.with(|table| table.handles.get(job).filter(|handle| !handle.is_gone()).cloned())
+    }
+
+    /// Every job that is served.
+    pub(crate) fn all(&self) -> Vec<(JobId, JobHandle)> {
+        self.with(|table| {
+            table.handles.retain(|_, handle| !handle.is_gone());
+            table.handles.iter().map(|(job, handle)| (job.clone(), handle.clone())).collect()
+        })
+    }
+
+    /// The job of that id. If there is none, it is made with `spec`.
+    pub(crate) async fn open(&self, job: &JobId, spec: Option<Spec>) -> Result<JobHandle, OpenJobError> {
+        if let Some(handle) = self.get(job) {
+            return Ok(handle);
+        }
+        let known = match self.around.store.load(job).await? {
+            Some(saved) => {
+                let (record, secret) = reknit_proto::record::decode(&saved.value)?;
+                Known { record, secret: JobSecret::from_bytes(secret), revision: saved.revision }
+            }
+            None => {
+                let spec = spec.ok_or(OpenJobError::NoSuchJob)?.checked().map_err(OpenJobError::BadSpec)?;
+                let mut history = [0; 8];
+                getrandom::fill(&mut history).map_err(OpenJobError::NoRandomness)?;
+                let record = JobRecord::new(job.clone(), HistoryId(u64::from_le_bytes(history)), spec);
+                let secret = JobSecret::draw().map_err(OpenJobError::NoRandomness)?;
+                Known { record, secret, revision: Revision::default() }
+            }
+        };
+        self.with(|table| {
+            // Somebody else may have opened it meanwhile.
+            if let Some(handle) = table.handles.get(job).filter(|handle| !handle.is_gone()) {
+                return Ok(handle.clone());
+            }
+            if table.stopping {
+                return Err(OpenJobError::Stopping);
+            }
+            table.handles.retain(|_, handle| !handle.is_gone());
+            while table.tasks.try_join_next().is_some() {}
+            let limit = self.around.limits.jobs;
+            if table.handles.len() >= limit {
+                return Err(OpenJobError::TooManyJobs { limit });
+            }
+            let (handle, task) = job_task(known, self.around.clone());
+            table.tasks.spawn(task);
+            table.handles.insert(job.clone(), handle.clone());
+            Ok(handle)
+        })
+    }
+
+    /// Ends every job's task, after what it is about to save is saved. Every stream ends with its task.
+    pub(crate) async fn stop(&self) {
+        let (handles, mut tasks) = self.with(|table| {
+            table.stopping = true;
+            let handles: Vec<JobHandle> = std::mem::take(&mut table.handles).into_values().collect();
+            (handles, std::mem::take(&mut table.tasks))
+        });
+        for handle in &handles {
+            // A task that has ended already has nothing to stop.
+            let _ = handle.send(Input::Stop).await;
+        }
+        let all_end = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(STOP_PATIENCE, all_end).await.is_err() {
+            // A store that cannot be written holds them up. Nobody has been told what is not saved.
+            tracing::warn!("stopping although records could not be saved");
+            tasks.shutdown().await;
+        }
+    }
+}
+
+/// How long a stopping server waits for its store.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);

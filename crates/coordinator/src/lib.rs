@@ -1,0 +1,45 @@
+//! reknit's server as a library.
+//!
+//! ```text
+//!  member ══stream══► rendezvous ──event──► job task ──step──► membership::Job        (pure)
+//!                                             │  ▲
+//!                                        save │  │ saved
+//!                                             ▼  │
+//!                                            store                                     (memory, embedded)
+//!  member ◄══stream══ ◄──────── tell ──── job task           and only then is anybody told
+//!
+//!  operator ──unary──► inspect, operate ──query, operation──► job task
+//! ```
+//!
+//! # Reading order
+//! [`config`] what can be set · [`clock`] · [`store`] where records live · `job` the task that owns one job · `jobs` the
+//! table of them · `rendezvous`, `inspect`, `operate` the services · `listen` connections before they are HTTP ·
+//! [`server`] putting it together.
+//!
+//! # Invariants
+//! | rule | what is always true |
+//! |---|---|
+//! | D-1 | One task owns one job; everybody else holds a handle. No lock is held over an await. |
+//! | D-2 | Effects of a transition are performed after its record is saved, in order; if the save fails, none is. |
+//! | D-3 | A job whose record was changed by somebody else is dropped and read anew, never merged. |
+//! | D-4 | A reader that does not read is cut off; nothing is buffered for it beyond [`config::Limits`]. |
+//! | D-5 | The server is not on a step's path: members send nothing per step (see `counters`). |
+//! | D-6 | The coordinator never dials a member. |
+
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod clock;
+pub mod store;
+mod secret;
+pub mod counters;
+pub mod job;
+mod jobs;
+mod rendezvous;
+mod inspect;
+mod operate;
+mod listen;
+pub mod server;
+
+pub use config::{Config, Limits};
+pub use server::{ServeError, Server};

@@ -1,0 +1,167 @@
+//! Putting it together: a listener, the services, the jobs, and an orderly end.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use reknit_membership::spec::BadTiming;
+use reknit_proto::v1::inspect_server::InspectServer;
+use reknit_proto::v1::operate_server::OperateServer;
+use reknit_proto::v1::rendezvous_server::RendezvousServer;
+use tokio::net::TcpListener;
+
+use crate::clock::Clock;
+use crate::config::{Config, StoreConfig};
+use crate::counters::Counters;
+use crate::inspect::InspectService;
+use crate::job::{Surroundings, source_text};
+use crate::jobs::Jobs;
+use crate::listen::connections;
+use crate::operate::OperateService;
+use crate::rendezvous::RendezvousService;
+use crate::store::{Embedded, Memory, OpenError, Store};
+
+/// Why a server cannot serve.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// Another process listens there.
+    #[error("{listen} is in use by another process")]
+    PortInUse {
+        /// Where it was to listen.
+        listen: SocketAddr,
+    },
+    /// It cannot listen there for another reason.
+    #[error("cannot listen on {listen}")]
+    Listen {
+        /// Where it was to listen.
+        listen: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The address is reachable from other machines, and nothing keeps strangers out.
+    #[error("{listen} is reachable from other machines, and this release has neither TLS nor tokens")]
+    NotLoopback {
+        /// Where it was to listen.
+        listen: SocketAddr,
+    },
+    /// The silence that members are allowed is out of range.
+    #[error(transparent)]
+    Timing(#[from] BadTiming),
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// The store is open, but a job in it cannot be read.
+    #[error("a job's record cannot be read: {0}")]
+    Records(String),
+    /// The gRPC services could not be set up or ended with an error.
+    #[error("the gRPC server failed")]
+    Grpc(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// A server that listens, with its jobs taken up.
+pub struct Server {
+    address: SocketAddr,
+    listener: TcpListener,
+    jobs: Jobs,
+    silence: Duration,
+}
+
+/// Whether an address that other machines can reach is acceptable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exposure {
+    /// Loopback only.
+    Loopback,
+    /// Whatever was asked for: the user said so.
+    Insecure,
+}
+
+impl Server {
+    /// Opens the store, takes up its jobs and listens. Nothing is served before [`Server::run`].
+    ///
+    /// # Errors
+    /// [`ServeError`] says what stands against it.
+    pub async fn bind(config: Config, exposure: Exposure) -> Result<Server, ServeError> {
+        let timing = config.timing()?;
+        let listen = config.listen;
+        if exposure == Exposure::Loopback && !listen.ip().is_loopback() {
+            return Err(ServeError::NotLoopback { listen });
+        }
+        let listener = TcpListener::bind(listen).await.map_err(|source| match source.kind() {
+            std::io::ErrorKind::AddrInUse => ServeError::PortInUse { listen },
+            _ => ServeError::Listen { listen, source },
+        })?;
+        let address = listener.local_addr().map_err(|source| ServeError::Listen { listen, source })?;
+        let store: Arc<dyn Store> = match &config.store {
+            StoreConfig::Memory => Arc::new(Memory::new()),
+            StoreConfig::Embedded { dir } => Arc::new(Embedded::open(dir)?),
+        };
+        let around = Surroundings {
+            store,
+            clock: Clock::start(),
+            timing,
+            limits: config.limits,
+            counters: Arc::new(Counters::default()),
+        };
+        let jobs = Jobs::new(around);
+        let known = jobs.load_all().await.map_err(|why| ServeError::Records(source_text(&why)))?;
+        tracing::info!(%address, store = jobs.around.store.describe(), jobs = known, "listening");
+        Ok(Server { address, listener, jobs, silence: config.silence })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `stop` is ready; then ends every stream, lets what is being saved be saved, and returns. Members
+    /// of running worlds go on and attach to the next coordinator.
+    ///
+    /// # Errors
+    /// [`ServeError::Grpc`] if the services cannot be set up or fail as a whole.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
+        let limits = self.jobs.around.limits;
+        let grpc = |why: Box<dyn std::error::Error + Send + Sync>| ServeError::Grpc(why);
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(reknit_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()
+            .map_err(|why| grpc(Box::new(why)))?;
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<RendezvousServer<RendezvousService>>().await;
+        health.set_serving::<InspectServer<InspectService>>().await;
+        health.set_serving::<OperateServer<OperateService>>().await;
+
+        let rendezvous = RendezvousServer::new(RendezvousService::new(self.jobs.clone()))
+            .max_decoding_message_size(limits.message_bytes);
+        let inspect = InspectServer::new(InspectService::new(self.jobs.clone()))
+            .max_decoding_message_size(limits.message_bytes);
+        let operate = OperateServer::new(OperateService::new(self.jobs.clone()))
+            .max_decoding_message_size(limits.message_bytes);
+
+        let jobs = self.jobs.clone();
+        let stopped = async move {
+            stop.await;
+            tracing::info!("stopping");
+            jobs.stop().await;
+        };
+        tonic::transport::Server::builder()
+            .max_concurrent_streams(limits.streams_per_connection)
+            .http2_max_header_list_size(16 * 1024)
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .http2_keepalive_timeout(Some(KEEPALIVE))
+            .add_service(health_service)
+            .add_service(reflection)
+            .add_service(rendezvous)
+            .add_service(inspect)
+            .add_service(operate)
+            .serve_with_incoming_shutdown(connections(self.listener, limits, self.silence), stopped)
+            .await
+            .map_err(|why| grpc(Box::new(why)))
+    }
+}
+
+/// How often an idle connection is asked whether it still is one. Members are noticed much sooner, by their leases; this
+/// is for those who only look.
+const KEEPALIVE: Duration = Duration::from_secs(30);

@@ -1,0 +1,271 @@
+//! A store in one file (redb), for one coordinator with no other service.
+//!
+//! One thread writes. It takes all saves that have come in while the last commit was on its way to the disk and commits
+//! them together: many jobs that change at once share one `fsync`.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition};
+use reknit_membership::JobId;
+use tokio::sync::oneshot;
+
+use super::{Pending, Revision, Saved, Store, StoreError};
+
+/// Job id to revision and encoded record.
+const JOBS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("jobs");
+/// One number by name: the last revision given out.
+const NUMBERS: TableDefinition<'_, &str, u64> = TableDefinition::new("numbers");
+const LAST_REVISION: &str = "last_revision";
+const LAYOUT: &str = "layout";
+
+/// The layout of the file that this server writes and reads.
+const LAYOUT_VERSION: u64 = 1;
+
+/// The most writes that share one commit.
+const BATCH_MAX: usize = 256;
+
+/// The file's name within its directory.
+const FILE_NAME: &str = "reknit.redb";
+
+/// Why a store could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The directory cannot be made or written.
+    #[error("cannot use {} as the store's directory", dir.display())]
+    Directory {
+        /// Which.
+        dir: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another process has it open.
+    #[error("the store {} is in use by another coordinator", file.display())]
+    InUse {
+        /// Which.
+        file: PathBuf,
+    },
+    /// It was written by a newer server.
+    #[error("the store {} has layout {found}, this server reads layout {LAYOUT_VERSION}", file.display())]
+    Newer {
+        /// Which.
+        file: PathBuf,
+        /// Its layout.
+        found: u64,
+    },
+    /// It is no store, or a damaged one.
+    #[error("the store {} is damaged or no store at all", file.display())]
+    Damaged {
+        /// Which.
+        file: PathBuf,
+        /// What was found.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Keeps records in one file.
+#[derive(Debug)]
+pub struct Embedded {
+    file: PathBuf,
+    database: Arc<Database>,
+    writes: Option<mpsc::SyncSender<Write>>,
+    writer: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+enum Change {
+    Save(Vec<u8>),
+    Remove,
+}
+
+#[derive(Debug)]
+struct Write {
+    job: JobId,
+    expected: Revision,
+    change: Change,
+    answer: oneshot::Sender<Result<Revision, StoreError>>,
+}
+
+impl Embedded {
+    /// Opens the store in `dir`, making both if they are not there.
+    ///
+    /// # Errors
+    /// [`OpenError`] says which file, and whether it is in use, damaged, or cannot be written.
+    pub fn open(dir: &Path) -> Result<Embedded, OpenError> {
+        let unusable = |source| OpenError::Directory { dir: dir.to_owned(), source };
+        std::fs::create_dir_all(dir).map_err(unusable)?;
+        let file = dir.join(FILE_NAME);
+        let database = Database::create(&file).map_err(|why| match why {
+            DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { file: file.clone() },
+            DatabaseError::Storage(StorageError::Io(source))
+                if source.kind() != std::io::ErrorKind::InvalidData =>
+            {
+                OpenError::Directory { dir: dir.to_owned(), source }
+            }
+            other => OpenError::Damaged { file: file.clone(), source: Box::new(other) },
+        })?;
+        let layout = prepare(&database).map_err(|source| OpenError::Damaged { file: file.clone(), source })?;
+        if layout != LAYOUT_VERSION {
+            return Err(OpenError::Newer { file, found: layout });
+        }
+        let database = Arc::new(database);
+        let (writes, queue) = mpsc::sync_channel::<Write>(BATCH_MAX);
+        let writer = std::thread::Builder::new()
+            .name("reknit-store".to_owned())
+            .spawn({
+                let database = Arc::clone(&database);
+                move || write_all(&database, &queue)
+            })
+            .map_err(unusable)?;
+        Ok(Embedded { file, database, writes: Some(writes), writer: Some(writer) })
+    }
+
+    fn write(&self, job: &JobId, expected: Revision, change: Change) -> Pending<'_, Revision> {
+        let (answer, answered) = oneshot::channel();
+        let write = Write { job: job.clone(), expected, change, answer };
+        let sent = self.writes.as_ref().is_some_and(|writes| writes.try_send(write).is_ok());
+        Box::pin(async move {
+            if !sent {
+                return Err(StoreError::Unavailable("too many writes are waiting for the disk".into()));
+            }
+            answered.await.unwrap_or_else(|_| Err(StoreError::Unavailable("the store's writer has ended".into())))
+        })
+    }
+}
+
+impl Drop for Embedded {
+    fn drop(&mut self) {
+        // The writer ends when nobody can send to it any more; what was sent is written first.
+        self.writes.take();
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
+    }
+}
+
+type Boxed = Box<dyn std::error::Error + Send + Sync>;
+
+/// Makes the tables, so that reading never finds them missing, and returns the file's layout.
+fn prepare(database: &Database) -> Result<u64, Boxed> {
+    let txn = database.begin_write()?;
+    let layout = {
+        txn.open_table(JOBS)?;
+        let mut numbers = txn.open_table(NUMBERS)?;
+        let layout = numbers.get(LAYOUT)?.map(|value| value.value());
+        match layout {
+            Some(layout) => layout,
+            None => {
+                numbers.insert(LAYOUT, LAYOUT_VERSION)?;
+                LAYOUT_VERSION
+            }
+        }
+    };
+    txn.commit()?;
+    Ok(layout)
+}
+
+/// The writer's life: one commit after another, each with all that has come in.
+fn write_all(database: &Database, queue: &mpsc::Receiver<Write>) {
+    while let Ok(first) = queue.recv() {
+        let mut batch = vec![first];
+        batch.extend(queue.try_iter().take(BATCH_MAX - 1));
+        match commit(database, &batch) {
+            Ok(results) => {
+                for (write, result) in batch.into_iter().zip(results) {
+                    // Whoever asked may be gone; the write stands.
+                    let _ = write.answer.send(result);
+                }
+            }
+            Err(why) => {
+                let text = why.to_string();
+                tracing::error!(error = %text, "the store could not be written");
+                for write in batch {
+                    let _ = write.answer.send(Err(StoreError::Unavailable(text.clone().into())));
+                }
+            }
+        }
+    }
+}
+
+/// Carries out a batch in one transaction. A write that expects another revision fails alone.
+fn commit(database: &Database, batch: &[Write]) -> Result<Vec<Result<Revision, StoreError>>, Boxed> {
+    let txn = database.begin_write()?;
+    let mut results = Vec::with_capacity(batch.len());
+    {
+        let mut jobs = txn.open_table(JOBS)?;
+        let mut numbers = txn.open_table(NUMBERS)?;
+        let mut last = numbers.get(LAST_REVISION)?.map_or(0, |value| value.value());
+        for write in batch {
+            let key = write.job.as_str();
+            let found = jobs.get(key)?.map_or(0, |value| value.value().0);
+            if found != write.expected.0 {
+                results.push(Err(StoreError::Conflict));
+                continue;
+            }
+            match &write.change {
+                Change::Save(value) => {
+                    last += 1;
+                    jobs.insert(key, (last, value.as_slice()))?;
+                    results.push(Ok(Revision(last)));
+                }
+                Change::Remove => {
+                    jobs.remove(key)?;
+                    results.push(Ok(Revision::default()));
+                }
+            }
+        }
+        numbers.insert(LAST_REVISION, last)?;
+    }
+    txn.commit()?;
+    Ok(results)
+}
+
+fn corrupt(why: impl std::error::Error + Send + Sync + 'static) -> StoreError {
+    StoreError::Corrupt(Box::new(why))
+}
+
+fn list(database: &Database) -> Result<Vec<JobId>, StoreError> {
+    let txn = database.begin_read().map_err(corrupt)?;
+    let table = txn.open_table(JOBS).map_err(corrupt)?;
+    let mut jobs = Vec::new();
+    for entry in table.iter().map_err(corrupt)? {
+        let (key, _) = entry.map_err(corrupt)?;
+        jobs.push(JobId::new(key.value()).map_err(corrupt)?);
+    }
+    Ok(jobs)
+}
+
+fn read(database: &Database, job: &JobId) -> Result<Option<Saved>, StoreError> {
+    let txn = database.begin_read().map_err(corrupt)?;
+    let table = txn.open_table(JOBS).map_err(corrupt)?;
+    let value = table.get(job.as_str()).map_err(corrupt)?;
+    Ok(value.map(|value| {
+        let (revision, bytes) = value.value();
+        Saved { revision: Revision(revision), value: bytes.to_vec() }
+    }))
+}
+
+impl Store for Embedded {
+    fn describe(&self) -> String {
+        format!("embedded, {}", self.file.display())
+    }
+
+    fn jobs(&self) -> Pending<'_, Vec<JobId>> {
+        Box::pin(std::future::ready(list(&self.database)))
+    }
+
+    fn load(&self, job: &JobId) -> Pending<'_, Option<Saved>> {
+        Box::pin(std::future::ready(read(&self.database, job)))
+    }
+
+    fn save(&self, job: &JobId, expected: Revision, value: Vec<u8>) -> Pending<'_, Revision> {
+        self.write(job, expected, Change::Save(value))
+    }
+
+    fn remove(&self, job: &JobId, expected: Revision) -> Pending<'_, ()> {
+        let written = self.write(job, expected, Change::Remove);
+        Box::pin(async move { written.await.map(|_| ()) })
+    }
+}

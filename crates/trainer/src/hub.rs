@@ -1,0 +1,208 @@
+//! Where the threads of one member meet: the session behind a lock, and the ways to the others.
+//!
+//! ```text
+//!   link thread (gRPC) ──told──►┐               ┌──events──► link thread
+//!   ring thread  ──formed──────►├── Hub(Session)├──forms───► ring threads (ring.rs)
+//!   program ──at rest, commit──►┘               └──wakes───► program
+//! ```
+//! Whoever brings news runs the session and carries out what follows, on its own thread: no news waits for a hop.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc as std_mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use reknit_collectives::{AbortHandle, BreakReason, Group, Listener, Secret, StateConnection};
+use reknit_membership::event::Event;
+use reknit_membership::holding::ShardReport;
+use reknit_membership::record::Commit;
+use reknit_membership::world::Place;
+use reknit_membership::{Generation, Step};
+use reknit_proto::rendezvous::{SecretBytes, Told};
+use tokio::sync::mpsc as tokio_mpsc;
+
+use crate::options::{Notice, NoticeCallback};
+use crate::ring;
+use crate::session::{Output, Session};
+
+/// What the program's thread hears while it waits.
+pub(crate) enum ToProgram {
+    /// Its directive may have changed.
+    Wake,
+    /// The ring of a world stands.
+    Group(Box<Group>),
+    /// Another member wants state.
+    Serve(StateConnection),
+}
+
+/// What the thread that looks after checkpoints is told.
+pub(crate) enum ToSaves {
+    /// A part was written, or could not be.
+    Written,
+    /// It is this member's turn to write a manifest.
+    Publish { generation: Generation, step: Step, shards: Vec<ShardReport> },
+    /// These checkpoints are committed.
+    Committed { kept: Vec<Commit> },
+}
+
+/// The present world's ring, as far as other threads need to know it.
+struct Ring {
+    generation: Generation,
+    secret: SecretBytes,
+    abort: AbortHandle,
+}
+
+/// What the link's thread is told.
+#[derive(Debug)]
+pub(crate) enum ToLink {
+    /// Say this, if there is a stream.
+    Say(Event),
+    /// Begin a new stream.
+    Reconnect,
+    /// End.
+    End,
+}
+
+pub(crate) struct Hub {
+    session: Mutex<Session>,
+    listener: Listener,
+    to_link: tokio_mpsc::UnboundedSender<ToLink>,
+    to_program: std_mpsc::Sender<ToProgram>,
+    /// What ends the ring, and the moving of state, of the present world.
+    ring: Mutex<Option<Ring>>,
+    to_saves: Option<std_mpsc::Sender<ToSaves>>,
+    on_notice: Option<NoticeCallback>,
+    noticed: AtomicBool,
+    /// Since when there has been no stream.
+    apart_since: Mutex<Option<Instant>>,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every critical section here leaves its value whole before anything in it can panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Hub {
+    pub(crate) fn new(
+        session: Session,
+        listener: Listener,
+        to_link: tokio_mpsc::UnboundedSender<ToLink>,
+        to_program: std_mpsc::Sender<ToProgram>,
+        to_saves: Option<std_mpsc::Sender<ToSaves>>,
+        on_notice: Option<NoticeCallback>,
+    ) -> Arc<Hub> {
+        Arc::new(Hub {
+            session: Mutex::new(session),
+            listener,
+            to_link,
+            to_program,
+            ring: Mutex::new(None),
+            to_saves,
+            on_notice,
+            noticed: AtomicBool::new(false),
+            apart_since: Mutex::new(Some(Instant::now())),
+        })
+    }
+
+    pub(crate) fn listener(&self) -> &Listener {
+        &self.listener
+    }
+
+    /// Looks at the session.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&Session) -> T) -> T {
+        look(&lock(&self.session))
+    }
+
+    /// Brings news to the session and carries out what follows.
+    pub(crate) fn bring(self: &Arc<Hub>, news: impl FnOnce(&mut Session) -> Vec<Output>) {
+        // The lock is held while the outputs are handed on, so that two threads' news cannot overtake each other. None
+        // of the ways blocks.
+        let mut session = lock(&self.session);
+        for output in news(&mut session) {
+            self.carry_out(output);
+        }
+    }
+
+    fn carry_out(self: &Arc<Hub>, output: Output) {
+        match output {
+            Output::Send(event) => self.say(ToLink::Say(event)),
+            Output::Reconnect => self.say(ToLink::Reconnect),
+            Output::Form { place, secret } => self.form(place, secret),
+            Output::Abort { generation } => self.abort(generation),
+            Output::Wake => self.tell_program(ToProgram::Wake),
+            Output::Publish { generation, step, shards } => {
+                self.tell_saves(ToSaves::Publish { generation, step, shards });
+            }
+            Output::Committed { kept } => self.tell_saves(ToSaves::Committed { kept }),
+        }
+    }
+
+    pub(crate) fn say(&self, what: ToLink) {
+        // The link ends only after the program has: then nobody is left to say anything to.
+        let _ = self.to_link.send(what);
+    }
+
+    pub(crate) fn tell_program(&self, what: ToProgram) {
+        // A program that is gone hears nothing.
+        let _ = self.to_program.send(what);
+    }
+
+    fn tell_saves(&self, what: ToSaves) {
+        if let Some(saves) = &self.to_saves {
+            // That thread ends only with the program.
+            let _ = saves.send(what);
+        }
+    }
+
+    fn form(self: &Arc<Hub>, place: Place, secret: SecretBytes) {
+        let abort = AbortHandle::new();
+        let ring = Ring { generation: place.generation, secret, abort: abort.clone() };
+        if let Some(old) = lock(&self.ring).replace(ring) {
+            old.abort.abort(BreakReason::Aborted);
+        }
+        ring::form_in_background(self, place, secret, abort);
+    }
+
+    fn abort(&self, generation: Generation) {
+        let ring = lock(&self.ring);
+        if let Some(ring) = ring.as_ref().filter(|ring| ring.generation <= generation) {
+            ring.abort.abort(BreakReason::Aborted);
+        }
+    }
+
+    /// The secret of `generation`, and what ends its ring and the moving of its state, if it is the present one.
+    pub(crate) fn ring_of(&self, generation: Generation) -> Option<(Secret, AbortHandle)> {
+        let ring = lock(&self.ring);
+        let ring = ring.as_ref().filter(|ring| ring.generation == generation)?;
+        Some((Secret::new(ring.secret), ring.abort.clone()))
+    }
+
+    /// The coordinator said something.
+    pub(crate) fn told(self: &Arc<Hub>, told: Told) {
+        *lock(&self.apart_since) = None;
+        self.bring(|session| session.told(told));
+    }
+
+    /// The stream ended, or could not be had.
+    pub(crate) fn disconnected(self: &Arc<Hub>) {
+        lock(&self.apart_since).get_or_insert_with(Instant::now);
+        self.bring(|session| {
+            session.disconnected();
+            Vec::new()
+        });
+    }
+
+    /// For how long there has been no stream.
+    pub(crate) fn apart_for(&self) -> Duration {
+        lock(&self.apart_since).map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// Tells the program, once, that its machine will be taken.
+    pub(crate) fn notice_arrived(&self, left: Duration) {
+        if let Some(callback) = &self.on_notice
+            && !self.noticed.swap(true, Ordering::Relaxed)
+        {
+            callback(Notice { left });
+        }
+    }
+}

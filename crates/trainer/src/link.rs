@@ -1,0 +1,198 @@
+//! The member's stream to its coordinator, on a thread of its own: renewals go out however busy the program is, and a
+//! coordinator that is gone is looked for until it is back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use reknit_membership::{JobId, Timestamp};
+use reknit_proto::rendezvous::{self, Introduction};
+use reknit_proto::v1;
+use reknit_proto::v1::rendezvous_client::RendezvousClient;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Endpoint;
+use tonic::{Code, Streaming};
+
+use crate::hub::{Hub, ToLink};
+use crate::order::mix;
+
+/// How long one attempt to reach a coordinator may take.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
+/// The pause before the next attempt is drawn from zero up to this much, which doubles with each …
+const BACKOFF_FIRST: Duration = Duration::from_millis(20);
+/// … up to this.
+const BACKOFF_MAX: Duration = Duration::from_millis(250);
+/// How often a silent connection is asked whether it still is one.
+const KEEPALIVE: Duration = Duration::from_secs(3);
+/// Messages that may wait for the network: there are never more than a few.
+const OUTBOUND: usize = 64;
+
+/// How long a member that leaves waits for the coordinator to hear it.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+type Sender = mpsc::Sender<v1::MemberMessage>;
+
+/// Why a stream ended.
+enum Ended {
+    /// The coordinator, or the way to it, is gone; or a new introduction is due.
+    Gone,
+    /// The coordinator will not have this member, and trying again will not help.
+    Rejected(String),
+    /// The program is done with it.
+    Done,
+}
+
+/// The link's life.
+pub(crate) fn run(hub: Arc<Hub>, coordinators: Vec<String>, job: JobId, inbox: mpsc::UnboundedReceiver<ToLink>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(live(&hub, &coordinators, &job, inbox)),
+        Err(why) => hub.bring(|session| session.rejected(format!("no event loop for the link: {why}"))),
+    }
+}
+
+async fn live(
+    hub: &Arc<Hub>,
+    coordinators: &[String],
+    job: &JobId,
+    mut inbox: mpsc::UnboundedReceiver<ToLink>,
+) {
+    let mut attempt = 0u32;
+    let mut jitter = hub.look(|session| session.member().0);
+    loop {
+        let coordinator = &coordinators[attempt as usize % coordinators.len()];
+        let ended = attend(hub, coordinator, job, &mut inbox).await;
+        let was_up = hub.look(super::session::Session::is_attached);
+        hub.disconnected();
+        match ended {
+            Ended::Done => return,
+            Ended::Rejected(why) => {
+                hub.bring(|session| session.rejected(why));
+                return;
+            }
+            Ended::Gone => {}
+        }
+        attempt = if was_up { 0 } else { attempt.saturating_add(1) };
+        jitter = mix(jitter);
+        let most = (BACKOFF_FIRST * 2u32.saturating_pow(attempt.min(8))).min(BACKOFF_MAX);
+        let pause = most.mul_f64((jitter >> 11) as f64 / (1u64 << 53) as f64);
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = end_of(&mut inbox) => return,
+        }
+    }
+}
+
+/// Drops what is to be said while there is nobody to hear it (the session says again what still matters), until the
+/// program is done.
+async fn end_of(inbox: &mut mpsc::UnboundedReceiver<ToLink>) {
+    loop {
+        match inbox.recv().await {
+            Some(ToLink::End) | None => return,
+            Some(ToLink::Say(_) | ToLink::Reconnect) => {}
+        }
+    }
+}
+
+/// One stream, from its introduction to its end.
+async fn attend(
+    hub: &Arc<Hub>,
+    coordinator: &str,
+    job: &JobId,
+    inbox: &mut mpsc::UnboundedReceiver<ToLink>,
+) -> Ended {
+    let began = tokio::select! {
+        began = begin(hub, coordinator, job) => began,
+        () = end_of(inbox) => return Ended::Done,
+    };
+    let (sender, mut inbound) = match began {
+        Ok(stream) => stream,
+        Err(ended) => return ended,
+    };
+    let mut renew_at = tokio::time::Instant::now() + hub.look(super::session::Session::renew_every);
+    loop {
+        tokio::select! {
+            message = inbound.message() => match message {
+                Ok(Some(message)) => match rendezvous::told(message) {
+                    Ok(told) => hub.told(told),
+                    Err(why) => return Ended::Rejected(format!("the coordinator does not speak our protocol: {why}")),
+                },
+                Ok(None) => return Ended::Gone,
+                Err(status) => return ended_by(&status),
+            },
+            to_say = inbox.recv() => match to_say {
+                Some(ToLink::Say(event)) => {
+                    if say(&sender, &event).await.is_err() {
+                        return Ended::Gone;
+                    }
+                }
+                Some(ToLink::Reconnect) => return Ended::Gone,
+                Some(ToLink::End) | None => {
+                    // What was said last is on its way before the stream ends.
+                    drop(sender);
+                    let farewell = async { while let Ok(Some(_)) = inbound.message().await {} };
+                    let _ = tokio::time::timeout(FAREWELL, farewell).await;
+                    return Ended::Done;
+                }
+            },
+            () = tokio::time::sleep_until(renew_at) => {
+                let renewal = hub.look(super::session::Session::renewal);
+                if say(&sender, &renewal).await.is_err() {
+                    return Ended::Gone;
+                }
+                renew_at = tokio::time::Instant::now() + hub.look(super::session::Session::renew_every);
+            }
+        }
+    }
+}
+
+async fn begin(
+    hub: &Arc<Hub>,
+    coordinator: &str,
+    job: &JobId,
+) -> Result<(Sender, Streaming<v1::CoordinatorMessage>), Ended> {
+    let endpoint = Endpoint::from_shared(coordinator.to_owned())
+        .map_err(|why| Ended::Rejected(format!("{coordinator} is no address of a coordinator: {why}")))?
+        .connect_timeout(CONNECT_PATIENCE)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE)
+        .keep_alive_while_idle(true);
+    let channel = endpoint.connect().await.map_err(|_| Ended::Gone)?;
+    let (sender, receiver) = mpsc::channel(OUTBOUND);
+    let introduction = hub.look(|session| Introduction {
+        job: job.clone(),
+        member: session.member(),
+        join: session.join(),
+    });
+    sender.send(rendezvous::from_introduction(&introduction)).await.map_err(|_| Ended::Gone)?;
+    let mut client = RendezvousClient::new(channel);
+    let attended = client.attend(ReceiverStream::new(receiver));
+    match tokio::time::timeout(CONNECT_PATIENCE, attended).await {
+        Ok(Ok(response)) => Ok((sender, response.into_inner())),
+        Ok(Err(status)) => Err(ended_by(&status)),
+        Err(_) => Err(Ended::Gone),
+    }
+}
+
+async fn say(sender: &Sender, event: &reknit_membership::Event) -> Result<(), ()> {
+    match rendezvous::from_event(event, now()) {
+        Some(message) => sender.send(message).await.map_err(|_| ()),
+        None => Ok(()),
+    }
+}
+
+/// Only the time left until a deadline travels, so any clock will do.
+pub(crate) fn now() -> Timestamp {
+    let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Timestamp::default().after(wall)
+}
+
+fn ended_by(status: &tonic::Status) -> Ended {
+    match status.code() {
+        Code::FailedPrecondition | Code::InvalidArgument | Code::Unimplemented | Code::DataLoss => {
+            Ended::Rejected(status.message().to_owned())
+        }
+        _ => Ended::Gone,
+    }
+}

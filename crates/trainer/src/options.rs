@@ -1,0 +1,204 @@
+//! What a training program tells the library.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use reknit_membership::spec::{BadSpec, Spec};
+use reknit_membership::{BadName, JobId, MemberName};
+
+use crate::order::DataOrder;
+
+/// A warning that this process's machine will be taken away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Notice {
+    /// How long it can still be expected to live.
+    pub left: Duration,
+}
+
+/// Called when a notice arrives, from a thread of the library's own.
+pub type NoticeCallback = Arc<dyn Fn(Notice) + Send + Sync>;
+
+/// Where and how often checkpoints are made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoints {
+    /// The directory, on storage that every worker of the job reaches.
+    pub dir: PathBuf,
+    /// After every so many steps; at least 1.
+    pub every: u64,
+}
+
+/// How a program joins a job. Made by [`Options::new`]; the rest has defaults.
+#[derive(Clone)]
+pub struct Options {
+    pub(crate) coordinators: Vec<String>,
+    pub(crate) job: JobId,
+    pub(crate) name: MemberName,
+    pub(crate) spec: Spec,
+    pub(crate) order: DataOrder,
+    pub(crate) steps: Option<u64>,
+    pub(crate) checkpoints: Option<Checkpoints>,
+    pub(crate) listen: SocketAddr,
+    pub(crate) advertise: Option<String>,
+    pub(crate) join_patience: Duration,
+    pub(crate) patience: Duration,
+    pub(crate) on_notice: Option<NoticeCallback>,
+}
+
+/// Why [`Options`] make no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BadOptions {
+    /// The job's or the worker's name.
+    #[error(transparent)]
+    Name(#[from] BadName),
+    /// The bounds.
+    #[error(transparent)]
+    Spec(#[from] BadSpec),
+    /// No coordinator is named, or one is no URL.
+    #[error("a coordinator's address looks like http://HOST:PORT, not {0:?}")]
+    Coordinator(String),
+    /// An empty data set or batch.
+    #[error("the data set and the global batch must each hold at least one sample")]
+    EmptyOrder,
+    /// Checkpoints after every zero steps.
+    #[error("checkpoints are made after every 1 or more steps")]
+    NeverCheckpoints,
+}
+
+impl Options {
+    /// Joins `job` at a coordinator (`http://HOST:PORT`; several may be separated by commas). The data order says how
+    /// many samples there are and how many of them a step uses over all ranks.
+    ///
+    /// # Errors
+    /// [`BadOptions`] if a name or an address is none, or if the order is empty.
+    pub fn new(coordinator: &str, job: &str, order: DataOrder) -> Result<Options, BadOptions> {
+        let coordinators: Vec<String> = coordinator.split(',').map(|c| c.trim().to_owned()).collect();
+        if let Some(bad) = coordinators.iter().find(|c| tonic::transport::Endpoint::from_shared((*c).clone()).is_err()) {
+            return Err(BadOptions::Coordinator(bad.clone()));
+        }
+        if order.dataset == 0 || order.global_batch == 0 {
+            return Err(BadOptions::EmptyOrder);
+        }
+        Ok(Options {
+            coordinators,
+            job: JobId::new(job)?,
+            name: default_name()?,
+            spec: Spec::default(),
+            order,
+            steps: None,
+            checkpoints: None,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            join_patience: Duration::from_secs(60),
+            patience: Duration::from_secs(600),
+            on_notice: None,
+        })
+    }
+
+    /// What people call this worker; a live worker of that name is replaced. By default its host and process id.
+    ///
+    /// # Errors
+    /// [`BadOptions::Name`] if it is none.
+    pub fn name(mut self, name: &str) -> Result<Options, BadOptions> {
+        self.name = MemberName::new(name)?;
+        Ok(self)
+    }
+
+    /// How many workers a world has at least and at most. The first worker of a job decides.
+    ///
+    /// # Errors
+    /// [`BadOptions::Spec`] if there is no such world.
+    pub fn workers(mut self, min: u32, max: u32) -> Result<Options, BadOptions> {
+        self.spec = Spec { min, max, ..self.spec }.checked()?;
+        Ok(self)
+    }
+
+    /// The number of workers is a multiple of this. The first worker of a job decides.
+    ///
+    /// # Errors
+    /// [`BadOptions::Spec`] if there is no such world.
+    pub fn unit(mut self, unit: u32) -> Result<Options, BadOptions> {
+        self.spec = Spec { unit, ..self.spec }.checked()?;
+        Ok(self)
+    }
+
+    /// The job is done after this many steps. Without it the program decides.
+    pub fn steps(mut self, steps: u64) -> Options {
+        self.steps = Some(steps);
+        self
+    }
+
+    /// Checkpoints go to `dir` after every `every` steps; the newest `keep` are kept.
+    ///
+    /// # Errors
+    /// [`BadOptions`] if `every` or `keep` is zero.
+    pub fn checkpoints(mut self, dir: impl Into<PathBuf>, every: u64, keep: u32) -> Result<Options, BadOptions> {
+        if every == 0 {
+            return Err(BadOptions::NeverCheckpoints);
+        }
+        self.spec = Spec { keep, ..self.spec }.checked()?;
+        self.checkpoints = Some(Checkpoints { dir: dir.into(), every });
+        Ok(self)
+    }
+
+    /// Where this worker's data plane listens, and under which address (`HOST:PORT`, or just `HOST`) others reach it, if
+    /// that is another one. By default a free port on loopback: for workers on several machines both must be said.
+    pub fn listen(mut self, listen: SocketAddr, advertise: Option<String>) -> Options {
+        self.listen = listen;
+        self.advertise = advertise;
+        self
+    }
+
+    /// How long to try to reach a coordinator, at first and later on when there is nothing to do without one.
+    pub fn patience(mut self, joining: Duration, later: Duration) -> Options {
+        self.join_patience = joining;
+        self.patience = later;
+        self
+    }
+
+    /// Calls `callback` when a notice arrives for this worker.
+    pub fn on_notice(mut self, callback: impl Fn(Notice) + Send + Sync + 'static) -> Options {
+        self.on_notice = Some(Arc::new(callback));
+        self
+    }
+}
+
+/// The host's name and the process id: unique enough, and something an operator can find.
+fn default_name() -> Result<MemberName, BadName> {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let host: String = host.chars().filter(allowed).take(64).collect();
+    let host = if host.is_empty() { "worker".to_owned() } else { host };
+    MemberName::new(&format!("{host}-{}", std::process::id()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ORDER: DataOrder = DataOrder { dataset: 10, global_batch: 2, seed: 0 };
+
+    #[test]
+    fn options_that_make_no_sense_say_what_is_wrong() {
+        let options = || Options::new("http://127.0.0.1:1, http://127.0.0.1:2", "job", ORDER).unwrap();
+        assert_eq!(options().coordinators, ["http://127.0.0.1:1", "http://127.0.0.1:2"]);
+        let bad = |result: Result<Options, BadOptions>| result.err();
+        assert_eq!(
+            bad(Options::new("not a url", "job", ORDER)),
+            Some(BadOptions::Coordinator("not a url".to_owned()))
+        );
+        assert_eq!(
+            bad(Options::new("http://h:1", "a job", ORDER)),
+            Some(BadOptions::Name(BadName::BadCharacter { found: ' ' }))
+        );
+        let empty = DataOrder { dataset: 0, ..ORDER };
+        assert_eq!(bad(Options::new("http://h:1", "job", empty)), Some(BadOptions::EmptyOrder));
+        assert_eq!(
+            bad(options().workers(3, 2)),
+            Some(BadOptions::Spec(BadSpec::MinAboveMax { min: 3, max: 2 }))
+        );
+        assert_eq!(bad(options().checkpoints("x", 0, 1)), Some(BadOptions::NeverCheckpoints));
+    }
+}

@@ -1,0 +1,90 @@
+//! The background of a world: builds its ring while the program may still be computing, and then passes on connections
+//! of members that want state.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::time::Duration;
+
+use reknit_collectives::{AbortHandle, Door, FormError, Group, GroupOptions, Place as RingPlace, Secret};
+use reknit_membership::world::Place;
+use reknit_membership::{Rank, WorldSize};
+use reknit_proto::rendezvous::SecretBytes;
+
+use crate::hub::{Hub, ToProgram};
+
+/// How long a ring may take to build and a collective may stand still. Both end sooner, by an abort, when a member is
+/// lost; these only catch what nobody notices, so they must outlast the slowest step of any program.
+const PATIENCE: Duration = Duration::from_secs(30 * 60);
+
+/// How often the door is looked at to see whether the world is over.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+pub(crate) fn form_in_background(hub: &Arc<Hub>, place: Place, secret: SecretBytes, abort: AbortHandle) {
+    // The door opens before anybody else can know that this member knows: whoever dials finds it open.
+    let secret = Secret::new(secret);
+    let door = hub.listener().open(place.generation, secret.clone());
+    let generation = place.generation;
+    let keeper = {
+        let hub = Arc::clone(hub);
+        move || keep(&hub, &door, &place, secret, &abort)
+    };
+    let thread = std::thread::Builder::new().name(format!("reknit-world-{generation}"));
+    if let Err(why) = thread.spawn(keeper) {
+        tracing::error!(%generation, error = %why, "no thread for the ring");
+    }
+}
+
+fn keep(hub: &Arc<Hub>, door: &Door, place: &Place, secret: Secret, abort: &AbortHandle) {
+    let generation = place.generation;
+    match form(door, place, secret, abort) {
+        Ok(mut group) => {
+            let lost = {
+                let hub = Arc::downgrade(hub);
+                move |rank| {
+                    if let Some(hub) = hub.upgrade() {
+                        hub.bring(|session| session.broken(generation, vec![rank]));
+                    }
+                }
+            };
+            group.on_neighbour_lost(lost);
+            hub.tell_program(ToProgram::Group(Box::new(group)));
+            hub.bring(|session| session.formed(generation));
+        }
+        Err(_) if abort.is_aborted() => return,
+        Err(why) => {
+            tracing::warn!(%generation, error = %why, "the ring could not be built");
+            let suspects = why.suspect().map(|rank| member_rank(place, rank)).into_iter().collect();
+            hub.bring(|session| session.broken(generation, suspects));
+            return;
+        }
+    }
+    while !abort.is_aborted() && !door.is_closed() {
+        if let Some(connection) = door.next_state(LOOK_EVERY) {
+            hub.tell_program(ToProgram::Serve(connection));
+        }
+    }
+}
+
+fn form(door: &Door, place: &Place, secret: Secret, abort: &AbortHandle) -> Result<Group, FormError> {
+    let ring_place = RingPlace {
+        generation: place.generation,
+        rank: Rank(place.seat),
+        size: WorldSize(place.seats),
+        secret,
+        next: resolve(&place.next.address),
+    };
+    let options = GroupOptions { form: PATIENCE, stall: PATIENCE, ..GroupOptions::default() };
+    Group::form(door, &ring_place, &options, abort.clone())
+}
+
+/// The ring counts members; the world counts the ranks that they bring.
+fn member_rank(place: &Place, seat: Rank) -> Rank {
+    if seat.0 == (place.seat + 1) % place.seats { place.next.rank } else { place.prev.rank }
+}
+
+/// A name that cannot be resolved becomes an address that nobody listens on: dialling it fails and is reported like any
+/// other neighbour that cannot be reached.
+pub(crate) fn resolve(address: &str) -> SocketAddr {
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
+    address.to_socket_addrs().ok().and_then(|mut all| all.next()).unwrap_or(nowhere)
+}

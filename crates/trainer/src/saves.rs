@@ -1,0 +1,182 @@
+//! Checkpoints in the background: a thread that reports written parts, writes manifests and deletes what is too old.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+
+use reknit_checkpoint::manifest::{Manifest, ManifestMeta, publish_manifest};
+use reknit_checkpoint::{
+    CommitRef, Layout, SaveError, SaveMeta, Saved, Saver, SaverOptions, ShardReport as PartReport, Stall, State,
+    retain,
+};
+use reknit_membership::holding::ShardReport;
+use reknit_membership::record::Commit;
+use reknit_membership::{Generation, JobId, Rank, Step, WorldSize};
+
+use crate::hub::{Hub, ToSaves, lock};
+
+/// Parts that are written and may still become part of a checkpoint: seldom more than one.
+const WRITTEN_MAX: usize = 4;
+
+/// The program's end: begins saves.
+pub(crate) struct Saves {
+    saver: Arc<Mutex<Saver>>,
+    pub(crate) every: u64,
+}
+
+/// The thread's end.
+pub(crate) struct SavesThread {
+    saver: Arc<Mutex<Saver>>,
+    dir: PathBuf,
+    job: JobId,
+    layout: Layout,
+    inbox: mpsc::Receiver<ToSaves>,
+}
+
+impl Saves {
+    /// Both ends, and the way to the thread.
+    pub(crate) fn new(
+        dir: PathBuf,
+        every: u64,
+        job: JobId,
+        layout: Layout,
+    ) -> Result<(Saves, SavesThread, mpsc::Sender<ToSaves>), SaveError> {
+        let (sender, inbox) = mpsc::channel();
+        let notify = {
+            let sender = sender.clone();
+            Box::new(move || {
+                // When the thread is gone, so is the program.
+                let _ = sender.send(ToSaves::Written);
+            })
+        };
+        let options = SaverOptions { notify: Some(notify), ..SaverOptions::default() };
+        let saver = Arc::new(Mutex::new(Saver::new(dir.clone(), layout.clone(), options)?));
+        let thread = SavesThread { saver: Arc::clone(&saver), dir, job, layout, inbox };
+        Ok((Saves { saver, every }, thread, sender))
+    }
+
+    /// Gets the memory for this rank's part, so that the first save need not.
+    pub(crate) fn prepare(&self, size: WorldSize) {
+        lock(&self.saver).prepare(size);
+    }
+
+    /// Copies this rank's part and lets it be written. Nothing is begun while the part before is still being written.
+    pub(crate) fn begin(&self, meta: SaveMeta, state: &dyn State) -> Result<Stall, SaveError> {
+        lock(&self.saver).begin(meta, state)
+    }
+}
+
+impl SavesThread {
+    /// Its life, which ends with the hub.
+    pub(crate) fn run(self, hub: &std::sync::Weak<Hub>) {
+        let mut written: BTreeMap<(Generation, Step), Saved> = BTreeMap::new();
+        while let Ok(work) = self.inbox.recv() {
+            let Some(hub) = hub.upgrade() else { return };
+            match work {
+                ToSaves::Written => {
+                    let polled = lock(&self.saver).poll();
+                    match polled {
+                        Some(Ok(saved)) => self.part_written(&hub, saved, &mut written),
+                        Some(Err(why)) => part_failed(&hub, &why),
+                        None => {}
+                    }
+                }
+                ToSaves::Publish { generation, step, shards } => {
+                    if let Some(saved) = written.get(&(generation, step)) {
+                        self.publish(&hub, saved, &shards);
+                    }
+                }
+                ToSaves::Committed { kept } => {
+                    let newest = kept.last().map(|commit| commit.step).unwrap_or_default();
+                    written.retain(|(_, step), _| *step > newest);
+                    self.delete_old(&hub, &kept);
+                }
+            }
+        }
+    }
+
+    fn part_written(
+        &self,
+        hub: &Arc<Hub>,
+        saved: Saved,
+        written: &mut BTreeMap<(Generation, Step), Saved>,
+    ) {
+        let (generation, step) = (saved.meta.generation, saved.meta.step);
+        let report = ShardReport {
+            bytes: saved.report.file_bytes,
+            file: saved.report.digest,
+            state: saved.report.state_digest,
+        };
+        while written.len() >= WRITTEN_MAX {
+            written.pop_first();
+        }
+        written.insert((generation, step), saved);
+        hub.bring(|session| session.shard_written(generation, step, report));
+    }
+
+    fn publish(&self, hub: &Arc<Hub>, saved: &Saved, shards: &[ShardReport]) {
+        let (generation, step) = (saved.meta.generation, saved.meta.step);
+        let history = hub.look(crate::session::Session::history).unwrap_or_default();
+        let meta = ManifestMeta {
+            job: self.job.clone(),
+            history,
+            step,
+            lineage: saved.meta.lineage,
+            generation,
+            world_size: saved.meta.world_size,
+            created: Default::default(),
+        };
+        let reports: Vec<PartReport> = shards
+            .iter()
+            .zip(0..)
+            .map(|(shard, rank)| PartReport {
+                rank: Rank(rank),
+                file_bytes: shard.bytes,
+                digest: shard.file,
+                state_digest: shard.state,
+            })
+            .collect();
+        let manifest = Manifest::assemble(meta, &self.layout, &saved.fingerprint, saved.values.clone(), &reports);
+        let published = match manifest {
+            Ok(manifest) => publish_manifest(&self.dir, &manifest).map_err(|why| why.to_string()),
+            Err(why) => Err(why.to_string()),
+        };
+        match published {
+            Ok(digest) => hub.bring(|session| session.manifest_written(generation, step, digest)),
+            Err(why) => {
+                tracing::warn!(%step, error = %why, "the checkpoint's manifest could not be written");
+                hub.bring(|session| session.save_failed(generation, step));
+            }
+        }
+    }
+
+    /// One member deletes: the one with rank 0.
+    fn delete_old(&self, hub: &Arc<Hub>, kept: &[Commit]) {
+        if hub.look(|session| session.place().is_none_or(|place| place.rank != Rank(0))) {
+            return;
+        }
+        let kept: Vec<CommitRef> = kept
+            .iter()
+            .map(|commit| CommitRef {
+                step: commit.step,
+                generation: commit.generation,
+                manifest: commit.manifest,
+            })
+            .collect();
+        match retain(&self.dir, &kept) {
+            Ok(retained) => {
+                for why in retained.failed {
+                    tracing::warn!(error = %why, "an old checkpoint could not be deleted; trying again next time");
+                }
+            }
+            Err(why) => tracing::warn!(error = %why, "old checkpoints could not be looked for"),
+        }
+    }
+}
+
+fn part_failed(hub: &Arc<Hub>, why: &SaveError) {
+    tracing::warn!(error = %why, hint = why.hint(), "this rank's part of a checkpoint could not be written");
+    // Which one it was does not matter: there is at most one that waits for this rank.
+    hub.bring(|session| session.own_save_failed());
+}

@@ -1,0 +1,646 @@
+//! What a member knows and says: the counterpart of the core, and as pure. It is told things by the coordinator, by its
+//! own ring and by the training program, and answers with what is to be done. It knows no socket, thread or clock.
+//!
+//! ```text
+//!   coordinator ──told──►┐                  ┌──► Send(event)      to the coordinator
+//!   ring  ──formed, broken──► Session ──────┼──► Form, Abort      to the ring
+//!   program ──at rest, committed──►┘        └──► Wake             to the program, which asks for its directive
+//! ```
+//!
+//! Anything it has said may be lost with the stream it was said on. So it never remembers that something was *said*, only
+//! what is *so*; and when a new stream is up it says again whatever is so and still waits for an answer.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use reknit_membership::event::{Event, Join, Message};
+use reknit_membership::holding::{Holding, Moved, Plan, Resume, ShardReport};
+use reknit_membership::reason::{Closure, Departure, Refusal};
+use reknit_membership::record::Commit;
+use reknit_membership::spec::{Shape, Spec};
+use reknit_membership::world::Place;
+use reknit_membership::{Digest, Generation, HistoryId, MemberId, MemberName, Rank, Step, Timestamp};
+use reknit_proto::rendezvous::{SecretBytes, Told};
+
+/// What a member is, whatever world it is in.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// What people call it.
+    pub name: MemberName,
+    /// How many ranks it brings.
+    pub slots: u32,
+    /// Where its data plane listens.
+    pub address: String,
+    /// The bounds the job gets if this is its first member.
+    pub spec: Spec,
+    /// What it has in common with the others.
+    pub shape: Shape,
+}
+
+/// Something to be done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// Tell the coordinator; if there is no stream, it need not be kept.
+    Send(Event),
+    /// Build the ring of this world, in the background.
+    Form {
+        /// The place in it.
+        place: Place,
+        /// What its connections must prove.
+        secret: SecretBytes,
+    },
+    /// End the ring of this world, and whatever state is being moved for it.
+    Abort {
+        /// Which.
+        generation: Generation,
+    },
+    /// End the stream and begin a new one, with a new introduction.
+    Reconnect,
+    /// The program's directive may have changed.
+    Wake,
+    /// Write the list that makes these parts one checkpoint.
+    Publish {
+        /// The world that made it.
+        generation: Generation,
+        /// The step it is of.
+        step: Step,
+        /// What each rank wrote.
+        shards: Vec<ShardReport>,
+    },
+    /// These checkpoints are committed; older ones may be deleted.
+    Committed {
+        /// Oldest first.
+        kept: Vec<Commit>,
+    },
+}
+
+/// How a membership ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// The job is over.
+    Closed(Closure),
+    /// The planned leave is complete.
+    Released,
+    /// The coordinator does not let this process in, or not any more.
+    Refused(Refusal),
+    /// The coordinator cannot be talked to, and trying again will not help.
+    Rejected {
+        /// What it said.
+        why: String,
+    },
+    /// The program left.
+    Left,
+}
+
+/// What the training program is to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Directive {
+    /// Nothing yet.
+    Wait,
+    /// Bring the state to the plan's step, then say so.
+    Restore(Plan),
+    /// Train, from this state.
+    Run {
+        /// The world.
+        place: Place,
+        /// The state.
+        resume: Resume,
+    },
+    /// Stop: there will be no further step.
+    Over(End),
+}
+
+/// Why a world is over for this member, before it knows the next one.
+#[derive(Debug, Clone, PartialEq)]
+enum Halt {
+    /// The ring broke here.
+    Broken { suspects: Vec<Rank> },
+    /// The coordinator said so.
+    Told,
+    /// All ranks stopped at a step boundary, with this state.
+    Boundary { holding: Holding },
+    /// The job's last step is done.
+    Finished { step: Step },
+}
+
+/// The world the member was last told of.
+#[derive(Debug, Clone)]
+struct World {
+    place: Place,
+    formed: bool,
+    /// Whether the world has been told, or told again, since it was last answered.
+    ready_due: bool,
+    plan: Option<Plan>,
+    /// The answer to the plan.
+    answer: Option<Event>,
+    go: Option<Resume>,
+    /// Whether its first step is committed.
+    stepped: bool,
+    halt: Option<Halt>,
+    boundary_requested: bool,
+    save_requested: bool,
+}
+
+/// One member's side of the protocol.
+pub struct Session {
+    identity: Identity,
+    next_id: Box<dyn FnMut() -> MemberId + Send>,
+    member: MemberId,
+    history: Option<HistoryId>,
+    attached: bool,
+    renew_every: Duration,
+    world: Option<World>,
+    /// What the program holds, while it is at rest.
+    rest: Option<Holding>,
+    step: Step,
+    /// The part of a checkpoint that is being written.
+    writing: Option<(Generation, Step)>,
+    /// Parts of checkpoints that wait to be committed, by world and step.
+    saves: BTreeMap<(Generation, Step), Vec<Event>>,
+    notice: Option<Timestamp>,
+    end: Option<End>,
+}
+
+/// How many checkpoints may wait to be committed: there is seldom more than one.
+const SAVES_MAX: usize = 4;
+
+impl Session {
+    /// A member that has not joined yet. `next_id` draws member ids: one now, and one whenever it has to come back as a
+    /// new member.
+    pub fn new(identity: Identity, mut next_id: Box<dyn FnMut() -> MemberId + Send>) -> Session {
+        let member = next_id();
+        Session {
+            identity,
+            next_id,
+            member,
+            history: None,
+            attached: false,
+            renew_every: Duration::from_millis(200),
+            world: None,
+            rest: None,
+            step: Step(0),
+            writing: None,
+            saves: BTreeMap::new(),
+            notice: None,
+            end: None,
+        }
+    }
+
+    /// The history it belongs to, once it was let in.
+    pub fn history(&self) -> Option<HistoryId> {
+        self.history
+    }
+
+    /// The last world it was told of, if any.
+    pub fn place(&self) -> Option<&Place> {
+        self.world.as_ref().map(|world| &world.place)
+    }
+
+    /// Whether a part of a checkpoint of `step` waits to be committed.
+    pub fn awaits_commit(&self, step: Step) -> bool {
+        let mut steps = self.saves.keys().chain(&self.writing).map(|(_, step)| *step);
+        steps.any(|saved| saved == step)
+    }
+
+    /// Who it is at present.
+    pub fn member(&self) -> MemberId {
+        self.member
+    }
+
+    /// How it introduces itself on a new stream.
+    pub fn join(&self) -> Join {
+        Join {
+            name: self.identity.name.clone(),
+            slots: self.identity.slots,
+            address: self.identity.address.clone(),
+            spec: self.identity.spec,
+            shape: self.identity.shape,
+            history: self.history,
+            generation: self.generation(),
+            running: self.world.as_ref().is_some_and(|world| world.go.is_some()),
+        }
+    }
+
+    fn generation(&self) -> Generation {
+        self.world.as_ref().map(|world| world.place.generation).unwrap_or_default()
+    }
+
+    /// How often it is to renew its lease.
+    pub fn renew_every(&self) -> Duration {
+        self.renew_every
+    }
+
+    /// The renewal that is due now.
+    pub fn renewal(&self) -> Event {
+        Event::Renew { member: self.member, generation: self.generation(), step: self.step }
+    }
+
+    /// Whether the coordinator has let it in.
+    pub fn is_attached(&self) -> bool {
+        self.attached
+    }
+
+    /// How it ended, if it did.
+    pub fn end(&self) -> Option<&End> {
+        self.end.as_ref()
+    }
+
+    /// Whether the coordinator wants the world to stop at the next boundary: every rank raises the flag in its control
+    /// word when its own session says so.
+    pub fn boundary_requested(&self) -> bool {
+        self.world.as_ref().is_some_and(|world| world.boundary_requested)
+    }
+
+    /// Whether an operator wants a checkpoint.
+    pub fn save_requested(&self) -> bool {
+        self.world.as_ref().is_some_and(|world| world.save_requested)
+    }
+
+    /// What the program is to do now.
+    pub fn directive(&self) -> Directive {
+        if let Some(end) = &self.end {
+            return Directive::Over(end.clone());
+        }
+        let Some(world) = &self.world else { return Directive::Wait };
+        if world.halt.is_some() {
+            return Directive::Wait;
+        }
+        match (&world.go, &world.plan) {
+            (Some(resume), _) => Directive::Run { place: world.place.clone(), resume: *resume },
+            (None, Some(plan)) if world.answer.is_none() => Directive::Restore(plan.clone()),
+            (None, _) => Directive::Wait,
+        }
+    }
+
+    /// The stream ended.
+    pub fn disconnected(&mut self) {
+        self.attached = false;
+    }
+
+    /// The coordinator cannot be talked to, and trying again will not help.
+    pub fn rejected(&mut self, why: String) -> Vec<Output> {
+        self.finish(End::Rejected { why })
+    }
+
+    /// The program leaves.
+    pub fn leave(&mut self) -> Vec<Output> {
+        if self.end.is_some() {
+            return Vec::new();
+        }
+        let mut out = vec![Output::Send(Event::Leave { member: self.member })];
+        out.extend(self.finish(End::Left));
+        out
+    }
+
+    fn finish(&mut self, end: End) -> Vec<Output> {
+        let mut out = Vec::new();
+        if let Some(world) = &self.world {
+            out.push(Output::Abort { generation: world.place.generation });
+        }
+        self.end.get_or_insert(end);
+        out.push(Output::Wake);
+        out
+    }
+
+    /// The coordinator said something.
+    pub fn told(&mut self, told: Told) -> Vec<Output> {
+        if self.end.is_some() {
+            return Vec::new();
+        }
+        match told.message {
+            Message::Attached { history, renew_every } => self.is_let_in(history, renew_every),
+            Message::Refused(refusal) => self.refused(refusal),
+            Message::World(place) => self.new_world(place, told.secret.unwrap_or_default()),
+            Message::Plan(plan) => self.planned(plan),
+            Message::Go { generation, resume } => {
+                self.with_world(generation, |world| {
+                    world.go.get_or_insert(resume);
+                    vec![Output::Wake]
+                })
+            }
+            Message::Break { generation } => self.broken_elsewhere(generation),
+            Message::Boundary { generation } => self.with_world(generation, |world| {
+                world.boundary_requested = true;
+                Vec::new()
+            }),
+            Message::SaveNow { generation } => self.with_world(generation, |world| {
+                world.save_requested = true;
+                Vec::new()
+            }),
+            Message::Publish { generation, step, shards } => vec![Output::Publish { generation, step, shards }],
+            Message::Committed { kept } => {
+                let newest = kept.last().map(|commit| commit.step).unwrap_or_default();
+                self.saves.retain(|(_, step), _| *step > newest);
+                vec![Output::Committed { kept }]
+            }
+            Message::Released => self.finish(End::Released),
+            Message::Closed(closure) => self.finish(End::Closed(closure)),
+        }
+    }
+
+    fn with_world(
+        &mut self,
+        generation: Generation,
+        act: impl FnOnce(&mut World) -> Vec<Output>,
+    ) -> Vec<Output> {
+        match &mut self.world {
+            Some(world) if world.place.generation == generation => act(world),
+            Some(_) | None => Vec::new(),
+        }
+    }
+
+    fn is_let_in(&mut self, history: HistoryId, renew_every: Duration) -> Vec<Output> {
+        self.attached = true;
+        self.history = Some(history);
+        self.renew_every = renew_every;
+        let mut out = vec![Output::Wake];
+        out.extend(self.unanswered().into_iter().map(Output::Send));
+        out
+    }
+
+    /// Whatever is so and still waits for an answer. A world or a plan that is unanswered is told again by the
+    /// coordinator, and answered then.
+    fn unanswered(&self) -> Vec<Event> {
+        let member = self.member;
+        let mut events = Vec::new();
+        if let Some(deadline) = self.notice {
+            events.push(Event::Notice { member, deadline });
+        }
+        if let Some(world) = &self.world {
+            let generation = world.place.generation;
+            match &world.halt {
+                Some(Halt::Broken { suspects }) => {
+                    events.push(Event::Broken { member, generation, suspects: suspects.clone() });
+                }
+                Some(Halt::Boundary { holding }) => {
+                    events.push(Event::Boundary { member, generation, holding: holding.clone() });
+                }
+                Some(Halt::Finished { step }) => events.push(Event::Finished { member, generation, step: *step }),
+                Some(Halt::Told) | None => {}
+            }
+        }
+        events.extend(self.saves.values().flatten().cloned());
+        events
+    }
+
+    fn refused(&mut self, refusal: Refusal) -> Vec<Output> {
+        match refusal {
+            // It lost its lease, but not its state: it comes back as a new member.
+            Refusal::Departed(
+                Departure::Died
+                | Departure::Silent
+                | Departure::Gone
+                | Departure::Unready
+                | Departure::Unrestored
+                | Departure::Stuck
+                | Departure::Unreachable
+                | Departure::Diverged,
+            ) => self.come_back(),
+            Refusal::Departed(
+                Departure::Replaced { .. } | Departure::Left | Departure::Drained | Departure::Evicted,
+            )
+            | Refusal::JobClosed(_)
+            | Refusal::BadSpec(_)
+            | Refusal::BadSlots { .. }
+            | Refusal::OtherShape { .. }
+            | Refusal::OtherRecipe
+            | Refusal::OtherHistory { .. }
+            | Refusal::TooManyMembers { .. } => self.finish(End::Refused(refusal)),
+        }
+    }
+
+    fn come_back(&mut self) -> Vec<Output> {
+        let mut out = Vec::new();
+        if let Some(world) = self.world.take() {
+            out.push(Output::Abort { generation: world.place.generation });
+        }
+        self.member = (self.next_id)();
+        self.attached = false;
+        self.saves.clear();
+        out.push(Output::Reconnect);
+        out.push(Output::Wake);
+        out
+    }
+
+    fn new_world(&mut self, place: Place, secret: SecretBytes) -> Vec<Output> {
+        let known = self.generation();
+        if place.generation < known {
+            return Vec::new();
+        }
+        self.renew_every = place.renew_every;
+        if place.generation == known {
+            // Told again, to a new stream: answered again.
+            self.world.iter_mut().for_each(|world| world.ready_due = true);
+            return self.ready();
+        }
+        let mut out = Vec::new();
+        if let Some(old) = &self.world {
+            out.push(Output::Abort { generation: old.place.generation });
+        }
+        out.push(Output::Form { place: place.clone(), secret });
+        self.world = Some(World {
+            place,
+            formed: false,
+            ready_due: true,
+            plan: None,
+            answer: None,
+            go: None,
+            stepped: false,
+            halt: None,
+            boundary_requested: false,
+            save_requested: false,
+        });
+        out.push(Output::Wake);
+        out
+    }
+
+    /// The answer to a world, once the ring stands and the program is at rest.
+    fn ready(&mut self) -> Vec<Output> {
+        let (Some(world), Some(holding)) = (&mut self.world, &self.rest) else { return Vec::new() };
+        if !world.ready_due || !world.formed || world.go.is_some() || world.halt.is_some() {
+            return Vec::new();
+        }
+        world.ready_due = false;
+        let generation = world.place.generation;
+        vec![Output::Send(Event::Ready { member: self.member, generation, holding: holding.clone() })]
+    }
+
+    fn planned(&mut self, plan: Plan) -> Vec<Output> {
+        self.with_world(plan.generation, |world| {
+            if world.go.is_some() {
+                return Vec::new();
+            }
+            match &world.plan {
+                Some(known) if known.attempt > plan.attempt => Vec::new(),
+                Some(known) if *known == plan => world.answer.clone().map(Output::Send).into_iter().collect(),
+                Some(_) | None => {
+                    world.plan = Some(plan);
+                    world.answer = None;
+                    vec![Output::Wake]
+                }
+            }
+        })
+    }
+
+    fn broken_elsewhere(&mut self, generation: Generation) -> Vec<Output> {
+        match &mut self.world {
+            Some(world) if world.place.generation <= generation => {
+                let own = world.place.generation;
+                world.halt.get_or_insert(Halt::Told);
+                vec![Output::Abort { generation: own }, Output::Wake]
+            }
+            Some(_) | None => Vec::new(),
+        }
+    }
+
+    /// The ring of `generation` stands.
+    pub fn formed(&mut self, generation: Generation) -> Vec<Output> {
+        match &mut self.world {
+            Some(world) if world.place.generation == generation => {
+                world.formed = true;
+                self.ready()
+            }
+            Some(_) | None => Vec::new(),
+        }
+    }
+
+    /// The ring of `generation` could not be built, or broke, or a neighbour's connection ended.
+    pub fn broken(&mut self, generation: Generation, suspects: Vec<Rank>) -> Vec<Output> {
+        let member = self.member;
+        self.with_world(generation, |world| {
+            if world.halt.is_some() {
+                // It is known, or all ranks have stopped and are taking their rings down.
+                return Vec::new();
+            }
+            world.halt = Some(Halt::Broken { suspects: suspects.clone() });
+            vec![
+                Output::Send(Event::Broken { member, generation, suspects }),
+                Output::Abort { generation },
+                Output::Wake,
+            ]
+        })
+    }
+
+    /// The program has come to rest and holds this.
+    pub fn at_rest(&mut self, holding: Holding) -> Vec<Output> {
+        self.rest = Some(holding);
+        self.ready()
+    }
+
+    /// The program begins to change its state (it restores, or trains): what it held, it holds no longer for sure.
+    pub fn busy(&mut self) {
+        self.rest = None;
+    }
+
+    /// The program has carried out its plan.
+    pub fn restored(&mut self, plan: &Plan, moved: Vec<Moved>) -> Vec<Output> {
+        let (generation, attempt) = (plan.generation, plan.attempt);
+        let event = Event::Restored { member: self.member, generation, attempt, resume: plan.resume, moved };
+        self.answer_plan(plan, event)
+    }
+
+    /// The program could not carry out its plan. `culprit` is the member whose state did not arrive; none if it was the
+    /// checkpoint.
+    pub fn restore_failed(&mut self, plan: &Plan, culprit: Option<MemberId>) -> Vec<Output> {
+        let (generation, attempt) = (plan.generation, plan.attempt);
+        let event = Event::RestoreFailed { member: self.member, generation, attempt, culprit };
+        self.answer_plan(plan, event)
+    }
+
+    fn answer_plan(&mut self, plan: &Plan, event: Event) -> Vec<Output> {
+        self.with_world(plan.generation, |world| {
+            if world.plan.as_ref() != Some(plan) {
+                return Vec::new();
+            }
+            world.answer = Some(event.clone());
+            vec![Output::Send(event)]
+        })
+    }
+
+    /// The program has committed a step, in the world of `generation`.
+    pub fn committed(&mut self, generation: Generation, step: Step) -> Vec<Output> {
+        self.step = step;
+        let member = self.member;
+        self.with_world(generation, |world| {
+            if std::mem::replace(&mut world.stepped, true) {
+                return Vec::new();
+            }
+            vec![Output::Send(Event::FirstStep { member, generation, step })]
+        })
+    }
+
+    /// This member's part of a checkpoint is being written. Fulfils an operator's wish for one, too.
+    pub fn save_begun(&mut self, generation: Generation, step: Step) {
+        if let Some(world) = &mut self.world {
+            world.save_requested = false;
+        }
+        self.writing = Some((generation, step));
+    }
+
+    /// The part that was being written could not be.
+    pub fn own_save_failed(&mut self) -> Vec<Output> {
+        match self.writing.take() {
+            Some((generation, step)) => self.save_failed(generation, step),
+            None => Vec::new(),
+        }
+    }
+
+    /// All ranks of `generation` have agreed to stop at this boundary.
+    pub fn boundary(&mut self, generation: Generation, holding: Holding) -> Vec<Output> {
+        let member = self.member;
+        self.with_world(generation, |world| {
+            if world.halt.is_some() {
+                return Vec::new();
+            }
+            world.halt = Some(Halt::Boundary { holding: holding.clone() });
+            vec![Output::Send(Event::Boundary { member, generation, holding })]
+        })
+    }
+
+    /// The job's last step is committed.
+    pub fn finished(&mut self, generation: Generation, step: Step) -> Vec<Output> {
+        let member = self.member;
+        self.with_world(generation, |world| {
+            if world.halt.is_some() {
+                return Vec::new();
+            }
+            world.halt = Some(Halt::Finished { step });
+            vec![Output::Send(Event::Finished { member, generation, step })]
+        })
+    }
+
+    /// This member's part of a checkpoint is on its disk.
+    pub fn shard_written(&mut self, generation: Generation, step: Step, report: ShardReport) -> Vec<Output> {
+        self.writing.take_if(|writing| *writing == (generation, step));
+        let event = Event::ShardWritten { member: self.member, generation, step, report };
+        self.save_said(generation, step, event)
+    }
+
+    /// The list of a checkpoint's parts is on this member's disk.
+    pub fn manifest_written(&mut self, generation: Generation, step: Step, manifest: Digest) -> Vec<Output> {
+        let event = Event::ManifestWritten { member: self.member, generation, step, manifest };
+        self.save_said(generation, step, event)
+    }
+
+    /// This member's part of a checkpoint could not be written.
+    pub fn save_failed(&mut self, generation: Generation, step: Step) -> Vec<Output> {
+        self.saves.remove(&(generation, step));
+        vec![Output::Send(Event::SaveFailed { member: self.member, generation, step })]
+    }
+
+    fn save_said(&mut self, generation: Generation, step: Step, event: Event) -> Vec<Output> {
+        while self.saves.len() >= SAVES_MAX && !self.saves.contains_key(&(generation, step)) {
+            // An older one that was never committed never will be.
+            self.saves.pop_first();
+        }
+        self.saves.entry((generation, step)).or_default().push(event.clone());
+        vec![Output::Send(event)]
+    }
+
+    /// The cloud will take this machine.
+    pub fn notice(&mut self, deadline: Timestamp) -> Vec<Output> {
+        let deadline = self.notice.map_or(deadline, |known| known.min(deadline));
+        self.notice = Some(deadline);
+        vec![Output::Send(Event::Notice { member: self.member, deadline })]
+    }
+}

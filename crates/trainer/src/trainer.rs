@@ -1,0 +1,465 @@
+//! The program's side of the library: joining, and the next step.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use reknit_checkpoint::load::{Part, load_into, open};
+use reknit_checkpoint::{Digester, Layout, SaveMeta, Stall, State, state_digest};
+use reknit_collectives::{AbortHandle, BreakReason, Broken, ControlWord, Group, Listener, ListenerOptions};
+use reknit_membership::holding::{Load, Plan, Resume};
+use reknit_membership::spec::{Shape, Sharding};
+use reknit_membership::{Digest, Generation, JobId, Lineage, MemberId, Step as StepNumber};
+
+use crate::error::TrainError;
+use crate::held::Held;
+use crate::hub::{Hub, ToLink, ToProgram};
+use crate::link;
+use crate::options::Options;
+use crate::order::DataOrder;
+use crate::restore::{Fetching, RestoreError, fetch, serve};
+use crate::saves::Saves;
+use crate::session::{Directive, End, Identity, Session};
+use crate::step::Step;
+
+/// How often a program that waits looks whether it has waited too long.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long a finished program waits for its last checkpoint to be committed.
+const LAST_COMMIT: Duration = Duration::from_secs(30);
+
+/// One worker of a job.
+pub struct Trainer {
+    options: Options,
+    hub: Arc<Hub>,
+    inbox: Receiver<ToProgram>,
+    link: Option<JoinHandle<()>>,
+    layout: Layout,
+    held: Held,
+    /// The ring of the world that is being built or runs.
+    group: Option<Group>,
+    /// The world whose go was taken.
+    running: Option<Generation>,
+    state_replaced: bool,
+    saves: Option<Saves>,
+    /// Since when only the last checkpoint's commit is waited for.
+    last_commit_since: Option<Instant>,
+    failure: Option<String>,
+    end: Option<End>,
+}
+
+/// What other threads of a program can do with its membership.
+#[derive(Clone)]
+pub struct Handle {
+    hub: Arc<Hub>,
+}
+
+impl Handle {
+    /// The machine will be taken in `left`: the worker leaves at the next step boundary, and nothing is lost.
+    pub fn notice(&self, left: Duration) {
+        self.hub.bring(|session| session.notice(link::now().after(left)));
+        self.hub.notice_arrived(left);
+    }
+}
+
+impl Trainer {
+    /// Joins a job. Returns once the coordinator has let this worker in; the world is formed by [`Trainer::next_step`].
+    ///
+    /// # Errors
+    /// [`TrainError`] if the coordinator cannot be reached or refuses, if the data plane cannot listen, if checkpoints
+    /// cannot be written, or if the state makes no sense.
+    pub fn join(options: Options, state: &dyn State) -> Result<Trainer, TrainError> {
+        let layout = Layout::new(state.tensors())?;
+        let fresh = state_digest(state, &layout)?;
+        let listen = options.listen;
+        let listener = Listener::bind(listen, ListenerOptions::default())
+            .map_err(|source| TrainError::Listen { listen, source })?;
+        let identity = Identity {
+            name: options.name.clone(),
+            slots: 1,
+            address: advertised(&options, &listener),
+            spec: options.spec,
+            shape: Shape {
+                tensors: layout.shape_digest(),
+                count: layout.specs().len() as u32,
+                bytes: layout.total_bytes(),
+                recipe: recipe(&options),
+                sharding: Sharding::Replicated,
+            },
+        };
+        let mut seed = [0; 8];
+        getrandom::fill(&mut seed).map_err(std::io::Error::from)?;
+        let mut drawn = u64::from_le_bytes(seed);
+        let next_id = Box::new(move || {
+            drawn = crate::order::mix(drawn);
+            MemberId(drawn)
+        });
+        let session = Session::new(identity, next_id);
+
+        let (to_link, link_inbox) = tokio::sync::mpsc::unbounded_channel();
+        let (to_program, inbox) = channel();
+        let saving = match &options.checkpoints {
+            Some(wish) => Some(
+                Saves::new(wish.dir.clone(), wish.every, options.job.clone(), layout.clone())
+                    .map_err(TrainError::Checkpoints)?,
+            ),
+            None => None,
+        };
+        let (saves, saves_thread, to_saves) = match saving {
+            Some((saves, thread, sender)) => (Some(saves), Some(thread), Some(sender)),
+            None => (None, None, None),
+        };
+        let hub = Hub::new(session, listener, to_link, to_program, to_saves, options.on_notice.clone());
+        if let Some(thread) = saves_thread {
+            let hub = Arc::downgrade(&hub);
+            std::thread::Builder::new().name("reknit-saves".to_owned()).spawn(move || thread.run(&hub))?;
+        }
+        let link = {
+            let (hub, coordinators, job) = (Arc::clone(&hub), options.coordinators.clone(), options.job.clone());
+            std::thread::Builder::new()
+                .name("reknit-link".to_owned())
+                .spawn(move || link::run(hub, coordinators, job, link_inbox))?
+        };
+        let mut trainer = Trainer {
+            options,
+            hub,
+            inbox,
+            link: Some(link),
+            layout,
+            held: Held::Fresh(fresh),
+            group: None,
+            running: None,
+            state_replaced: false,
+            saves,
+            last_commit_since: None,
+            failure: None,
+            end: None,
+        };
+        trainer.wait_until_let_in()?;
+        Ok(trainer)
+    }
+
+    fn wait_until_let_in(&mut self) -> Result<(), TrainError> {
+        let began = Instant::now();
+        loop {
+            let (attached, end) = self.hub.look(|session| (session.is_attached(), session.end().cloned()));
+            match end {
+                Some(end) => return self.over(end).map(|_| ()),
+                None if attached => return Ok(()),
+                None => {}
+            }
+            if began.elapsed() > self.options.join_patience {
+                return Err(self.unreachable(began.elapsed()));
+            }
+            // Nothing but news of the session can come before a world does; every message is a reason to look again.
+            let _ = self.inbox.recv_timeout(LOOK_EVERY);
+        }
+    }
+
+    fn unreachable(&self, waited: Duration) -> TrainError {
+        TrainError::Unreachable { coordinators: self.options.coordinators.join(", "), waited }
+    }
+
+    /// What other threads can do.
+    pub fn handle(&self) -> Handle {
+        Handle { hub: Arc::clone(&self.hub) }
+    }
+
+    /// How the membership ended, once [`Trainer::next_step`] has returned no step.
+    pub fn end(&self) -> Option<&End> {
+        self.end.as_ref()
+    }
+
+    /// How many steps are committed in this worker's memory.
+    pub fn steps_done(&self) -> u64 {
+        match self.held {
+            Held::At(resume) => resume.step.0,
+            Held::Fresh(_) | Held::Torn => 0,
+        }
+    }
+
+    /// The next step to do, waiting for a world if there is none: the library then builds the ring, brings `state` to
+    /// the step the world resumes from, and serves it to others. `None` when the job is over for this worker.
+    ///
+    /// # Errors
+    /// [`TrainError`] if the coordinator refuses this worker or cannot be reached for too long while there is nothing
+    /// to do without it, or if the program itself is at fault.
+    pub fn next_step<S: State + Sync>(&mut self, state: &mut S) -> Result<Option<Step<'_>>, TrainError> {
+        loop {
+            if let Some(why) = self.failure.take() {
+                return Err(TrainError::Mismatch(why));
+            }
+            match self.hub.look(Session::directive) {
+                Directive::Over(end) => return self.over(end).map(|()| None),
+                Directive::Restore(plan) => self.restore(&plan, state),
+                Directive::Wait => self.rest(state)?,
+                Directive::Run { place, resume } => {
+                    if self.running != Some(place.generation) && !self.take_go(place.generation, resume)? {
+                        continue;
+                    }
+                    if self.is_last(self.steps_done()) {
+                        self.finish(place.generation)?;
+                        continue;
+                    }
+                    let replaced = std::mem::take(&mut self.state_replaced);
+                    return Ok(Some(Step::new(self, place.generation, place.rank, place.size, replaced)));
+                }
+            }
+        }
+    }
+
+    fn over(&mut self, end: End) -> Result<(), TrainError> {
+        self.group = None;
+        self.end = Some(end.clone());
+        match end {
+            End::Closed(_) | End::Released | End::Left => Ok(()),
+            End::Refused(refusal) => Err(TrainError::Refused(Box::new(refusal))),
+            End::Rejected { why } => Err(TrainError::Rejected(why)),
+        }
+    }
+
+    /// Waits until there is something to do, and serves others meanwhile.
+    fn rest<S: State + Sync>(&mut self, state: &S) -> Result<(), TrainError> {
+        self.running = None;
+        let holding = self.held.holding();
+        self.hub.bring(|session| session.at_rest(holding));
+        let generation = |hub: &Hub| hub.look(|session| session.place().map(|place| place.generation));
+        let resting_in = generation(&self.hub);
+        let (held, layout, hub) = (self.held, &self.layout, &self.hub);
+        let (inbox, group) = (&self.inbox, &mut self.group);
+        let patience = self.options.patience;
+        // Ends the serving when this rest does.
+        let stop = AbortHandle::new();
+        let rested = std::thread::scope(|scope| {
+            loop {
+                if hub.look(Session::directive) != Directive::Wait || generation(hub) != resting_in {
+                    stop.abort(BreakReason::Aborted);
+                    return Ok(());
+                }
+                match inbox.recv_timeout(LOOK_EVERY) {
+                    Ok(ToProgram::Serve(connection)) => {
+                        let stop = &stop;
+                        scope.spawn(move || serve(connection, &held, state, layout, stop));
+                    }
+                    Ok(ToProgram::Group(new)) => *group = Some(*new),
+                    Ok(ToProgram::Wake) | Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                }
+                if hub.apart_for() > patience {
+                    stop.abort(BreakReason::Aborted);
+                    return Err(());
+                }
+            }
+        });
+        if rested.is_err() {
+            return Err(self.unreachable(self.hub.apart_for()));
+        }
+        // From here on the program may change its state.
+        if self.hub.look(Session::directive) != Directive::Wait {
+            self.hub.bring(|session| {
+                session.busy();
+                Vec::new()
+            });
+        }
+        Ok(())
+    }
+
+    /// The barrier has opened. False if the world is over again before its ring got here.
+    fn take_go(&mut self, generation: Generation, resume: Resume) -> Result<bool, TrainError> {
+        while self.group.as_ref().is_none_or(|group| group.generation() != generation) {
+            // The ring was handed over before the world was answered, so it is on its way.
+            match self.inbox.try_recv() {
+                Ok(ToProgram::Group(group)) => self.group = Some(*group),
+                Ok(ToProgram::Wake | ToProgram::Serve(_)) => {}
+                Err(_) => return Ok(false),
+            }
+        }
+        self.running = Some(generation);
+        self.held = Held::At(resume);
+        if let (Some(saves), Some(place)) = (&self.saves, self.hub.look(|session| session.place().cloned())) {
+            saves.prepare(place.size);
+        }
+        Ok(true)
+    }
+
+    /// Says that the last step is done, once its checkpoint is committed, and waits for what comes of it.
+    fn finish(&mut self, generation: Generation) -> Result<(), TrainError> {
+        let step = StepNumber(self.steps_done());
+        let since = *self.last_commit_since.get_or_insert_with(Instant::now);
+        let waits = self.hub.look(|session| session.awaits_commit(step)) && since.elapsed() < LAST_COMMIT;
+        if !waits {
+            self.hub.bring(|session| session.finished(generation, step));
+        }
+        match self.inbox.recv_timeout(LOOK_EVERY) {
+            Ok(ToProgram::Group(group)) => self.group = Some(*group),
+            Ok(ToProgram::Wake | ToProgram::Serve(_)) | Err(_) => {}
+        }
+        if self.hub.apart_for() > self.options.patience {
+            return Err(self.unreachable(self.hub.apart_for()));
+        }
+        Ok(())
+    }
+
+    /// Brings the state to where the plan says, and says what became of it.
+    fn restore<S: State>(&mut self, plan: &Plan, state: &mut S) {
+        self.hub.bring(|session| {
+            session.busy();
+            Vec::new()
+        });
+        let Some((secret, abort)) = self.hub.ring_of(plan.generation) else { return };
+        // Until all of it is there, it is neither the old state nor the new one.
+        self.held = Held::Torn;
+        self.state_replaced = true;
+        let member = self.hub.look(Session::member);
+        let who = Fetching {
+            member,
+            generation: plan.generation,
+            secret: &secret,
+            resume: plan.resume,
+            abort: &abort,
+        };
+        let mut moved = Vec::new();
+        for part in &plan.fetch {
+            match fetch(&who, part, &self.layout, state) {
+                Ok(parts) => moved.extend(parts),
+                Err(RestoreError::Aborted) => return,
+                Err(RestoreError::Source { culprit, why }) => {
+                    tracing::warn!(%culprit, error = %why, "state did not arrive");
+                    return self.hub.bring(|session| session.restore_failed(plan, Some(culprit)));
+                }
+            }
+        }
+        if let Some(load) = &plan.load
+            && let Err(why) = self.load(load, state)
+        {
+            tracing::warn!(step = %load.commit.step, error = %why, "a checkpoint could not be loaded");
+            return self.hub.bring(|session| session.restore_failed(plan, None));
+        }
+        // What arrived wrong is said with its digests; the core judges. Until it has, it is no state.
+        if moved.iter().all(|part| part.sent == part.got) {
+            self.held = Held::At(plan.resume);
+        }
+        self.hub.bring(|session| session.restored(plan, moved));
+    }
+
+    fn load(&self, load: &Load, state: &mut dyn State) -> Result<(), String> {
+        let Some(wish) = &self.options.checkpoints else {
+            return Err("this worker was given no directory of checkpoints".to_owned());
+        };
+        let commit = &load.commit;
+        let text = |why: reknit_checkpoint::LoadError| format!("{why}; {}", why.hint());
+        let manifest = open(&wish.dir, commit.step, commit.generation, commit.manifest).map_err(text)?;
+        load_into(&wish.dir, &manifest, Part::All, state).map_err(text)?;
+        Ok(())
+    }
+
+    pub(crate) fn hub(&self) -> &Arc<Hub> {
+        &self.hub
+    }
+
+    pub(crate) fn job(&self) -> &JobId {
+        &self.options.job
+    }
+
+    pub(crate) fn order(&self) -> DataOrder {
+        self.options.order
+    }
+
+    pub(crate) fn lineage(&self) -> Lineage {
+        match self.held {
+            Held::At(resume) => resume.lineage,
+            Held::Fresh(_) | Held::Torn => Lineage(0),
+        }
+    }
+
+    pub(crate) fn set_held(&mut self, held: Held) {
+        self.held = held;
+    }
+
+    /// Whether a job of so many steps is done.
+    pub(crate) fn is_last(&self, steps: u64) -> bool {
+        self.options.steps.is_some_and(|all| steps >= all)
+    }
+
+    /// What this rank wants the others to know at the next collective.
+    pub(crate) fn wishes(&self) -> ControlWord {
+        self.hub.look(|session| {
+            let mut word = ControlWord::default();
+            if session.boundary_requested() {
+                word |= ControlWord::BOUNDARY_REQUESTED;
+            }
+            if session.save_requested() {
+                word |= ControlWord::SAVE_REQUESTED;
+            }
+            word
+        })
+    }
+
+    pub(crate) fn group(&mut self, generation: Generation) -> Option<&mut Group> {
+        self.group.as_mut().filter(|group| group.generation() == generation)
+    }
+
+    pub(crate) fn ring_broke(&mut self, broken: &Broken) {
+        let (generation, suspects) = (broken.generation, broken.suspects.clone());
+        self.hub.bring(|session| session.broken(generation, suspects));
+    }
+
+    pub(crate) fn fail_for_good(&mut self, why: String) {
+        self.failure = Some(why);
+    }
+
+    pub(crate) fn save_if_due(&mut self, meta: SaveMeta, asked_for: bool, state: &dyn State) -> Option<Stall> {
+        let saves = self.saves.as_ref()?;
+        let steps = meta.step.0;
+        if !asked_for && !steps.is_multiple_of(saves.every) && !self.is_last(steps) {
+            return None;
+        }
+        let (generation, step) = (meta.generation, meta.step);
+        match saves.begin(meta, state) {
+            Ok(stall) => {
+                self.hub.bring(|session| {
+                    session.save_begun(generation, step);
+                    Vec::new()
+                });
+                Some(stall)
+            }
+            Err(why) => {
+                tracing::warn!(%step, error = %why, hint = why.hint(), "no checkpoint of this step");
+                self.hub.bring(|session| session.save_failed(generation, step));
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Trainer {
+    fn drop(&mut self) {
+        self.hub.bring(Session::leave);
+        self.group = None;
+        self.hub.say(ToLink::End);
+        if let Some(link) = self.link.take() {
+            // It ends within its farewell; a panic of its own is its own.
+            let _ = link.join();
+        }
+    }
+}
+
+/// Where others reach this worker's data plane.
+fn advertised(options: &Options, listener: &Listener) -> String {
+    let own = listener.local_addr();
+    match &options.advertise {
+        Some(address) if address.contains(':') => address.clone(),
+        Some(host) => format!("{host}:{}", own.port()),
+        None => own.to_string(),
+    }
+}
+
+/// What else all workers must agree on.
+fn recipe(options: &Options) -> Digest {
+    let DataOrder { dataset, global_batch, seed } = options.order;
+    let mut digester = Digester::new();
+    for number in [dataset, global_batch, seed, options.steps.unwrap_or(u64::MAX)] {
+        digester.update(&number.to_le_bytes());
+    }
+    digester.finish()
+}
