@@ -342,6 +342,17 @@ mod tests {
     }
 
     #[test]
+    fn k_4_what_somebody_else_published_is_not_taken_back() {
+        let dir = tempfile::tempdir().unwrap();
+        publish_real(dir.path(), false, b"first").unwrap();
+        // The same again up to the directory's sync: create, write, sync, rename, compare, remove.
+        let files = crate::faults::FailingFiles::new(6, 5);
+        let error = publish::<FileError>(&files, dir.path(), "f", b"first", || Ok(())).unwrap_err();
+        assert!(matches!(error, FileError::Io { action: "sync", .. }), "{error:?}");
+        assert_eq!(fs::read(dir.path().join("f")).unwrap(), b"first");
+    }
+
+    #[test]
     fn k_2_a_directory_that_is_made_is_synced_into_the_one_above() {
         let dir = tempfile::tempdir().unwrap();
         let name = dir.path().file_name().unwrap().to_string_lossy().into_owned();

@@ -147,6 +147,10 @@ fn k_7_a_range_is_verified_alone() {
     flipper.flip(3000 * 8);
     assert!(matches!(load(0, 1), Err(LoadError::Garbled { file: blamed, .. }) if blamed == file));
     assert!(load(999, 1000).is_ok());
+    flipper.flip(3000 * 8);
+    // So is its length.
+    flipper.0.set_len(shard.file_bytes - 1).unwrap();
+    assert!(matches!(load(0, 1), Err(LoadError::Truncated { file: blamed, .. }) if blamed == file));
 }
 
 #[test]

@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags};
 use crate::doors::{Doors, Found};
 use crate::handshake::{Answer, BadHello, HELLO_BYTES, Hello, RefuseReason, Verdict, starts_like_ours};
 use crate::listener::ListenerOptions;
+use crate::patience::after;
 use crate::secret::{Nonce, Proof, Side, fresh_nonce};
 use crate::wake::poll;
 
@@ -74,7 +75,7 @@ impl Acceptor {
                 Ok(_) if self.guests.len() >= self.options.unproven_max => {}
                 Ok((stream, _)) if stream.set_nonblocking(true).is_ok() => {
                     let stage = Stage::Greeting { hello: Inbox::new() };
-                    let guest = Guest { stream, stage, deadline: now + self.options.handshake };
+                    let guest = Guest { stream, stage, deadline: after(now, self.options.handshake) };
                     self.serve(guest, true, now);
                 }
                 Ok(_) => {}
@@ -99,7 +100,7 @@ impl Acceptor {
             Stage::Held { .. } if expired => refuse(&stream, RefuseReason::UnknownGeneration),
             Stage::Greeting { .. } | Stage::Proving { .. } if expired => {}
             Stage::Greeting { hello } if readable => match hello.read(&stream) {
-                Mail::Whole(hello) => self.greet(stream, &hello, now),
+                Mail::Whole(hello) => self.greet(stream, &hello, deadline, now),
                 Mail::Partial(hello) if starts_like_ours(hello.so_far()) => {
                     self.keep(stream, Stage::Greeting { hello }, deadline);
                 }
@@ -107,7 +108,10 @@ impl Acceptor {
             },
             // Nothing is due from who waits: it has left, or is none of ours.
             Stage::Held { .. } if readable => {}
-            Stage::Held { hello } => self.place(stream, hello, Some(deadline), now),
+            Stage::Held { hello } => {
+                let prove_by = after(now, self.options.handshake);
+                self.place(stream, hello, prove_by, Some(deadline), now);
+            }
             Stage::Proving { hello, nonce, proof } if readable => match proof.read(&stream) {
                 Mail::Whole(proof) => self.judge(stream, hello, &nonce, proof),
                 Mail::Partial(proof) => self.keep(stream, Stage::Proving { hello, nonce, proof }, deadline),
@@ -117,9 +121,9 @@ impl Acceptor {
         }
     }
 
-    fn greet(&mut self, stream: TcpStream, hello: &[u8; HELLO_BYTES], now: Instant) {
+    fn greet(&mut self, stream: TcpStream, hello: &[u8; HELLO_BYTES], prove_by: Instant, now: Instant) {
         match Hello::from_bytes(hello) {
-            Ok(hello) => self.place(stream, hello, None, now),
+            Ok(hello) => self.place(stream, hello, prove_by, None, now),
             Err(BadHello::WrongVersion) => refuse(&stream, RefuseReason::WrongVersion),
             Err(BadHello::Foreign) => {}
         }
@@ -127,22 +131,30 @@ impl Acceptor {
 
     /// Challenges a guest whose generation is open and holds one whose generation is still to come; `held_until` is
     /// set if it is held already.
-    fn place(&mut self, stream: TcpStream, hello: Hello, held_until: Option<Instant>, now: Instant) {
+    fn place(
+        &mut self,
+        stream: TcpStream,
+        hello: Hello,
+        prove_by: Instant,
+        held_until: Option<Instant>,
+        now: Instant,
+    ) {
         match (self.doors.find(hello.generation), held_until) {
             (Found::Open(_), _) => match fresh_nonce() {
                 Ok(nonce) => {
                     if say(&stream, &Answer::Challenge(nonce).to_bytes()) {
                         let stage = Stage::Proving { hello, nonce, proof: Inbox::new() };
-                        self.keep(stream, stage, now + self.options.handshake);
+                        self.keep(stream, stage, prove_by);
                     }
                 }
                 Err(_) => refuse(&stream, RefuseReason::Busy),
             },
             (Found::NotYet, Some(deadline)) => self.keep(stream, Stage::Held { hello }, deadline),
             (Found::NotYet, None) => {
-                let held = self.guests.iter().filter(|guest| matches!(guest.stage, Stage::Held { .. })).count();
+                let held =
+                    self.guests.iter().filter(|guest| matches!(guest.stage, Stage::Held { .. })).count();
                 if held < self.options.held_max {
-                    self.keep(stream, Stage::Held { hello }, now + self.options.hold);
+                    self.keep(stream, Stage::Held { hello }, after(now, self.options.hold));
                 } else {
                     refuse(&stream, RefuseReason::UnknownGeneration);
                 }
@@ -166,7 +178,8 @@ impl Acceptor {
         }
         let own = room.secret.proof(Side::Listener, &said, nonce);
         let ready = stream.set_nodelay(true).is_ok();
-        if ready && say(&stream, &Verdict::Accepted(own).to_bytes()) && stream.set_nonblocking(false).is_ok() {
+        if ready && say(&stream, &Verdict::Accepted(own).to_bytes()) && stream.set_nonblocking(false).is_ok()
+        {
             room.let_in(hello.purpose, stream);
         }
     }
@@ -182,7 +195,8 @@ impl Acceptor {
         let until = self.guests.iter().map(|guest| guest.deadline).chain(self.resume_at).min();
         let accepting = self.resume_at.is_none();
         let accept = if accepting { PollFlags::IN } else { PollFlags::empty() };
-        let mut fds = vec![PollFd::new(&self.doors.changed, PollFlags::IN), PollFd::new(&self.listener, accept)];
+        let mut fds =
+            vec![PollFd::new(&self.doors.changed, PollFlags::IN), PollFd::new(&self.listener, accept)];
         fds.extend(self.guests.iter().map(|guest| PollFd::new(&guest.stream, PollFlags::IN)));
         let polled = poll(&mut fds, until.map(|until| until.saturating_duration_since(now)));
         let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
@@ -236,7 +250,9 @@ impl<const BYTES: usize> Inbox<BYTES> {
             Ok(0) => Mail::Gone,
             Ok(more) if self.filled + more == BYTES => Mail::Whole(self.bytes),
             Ok(more) => Mail::Partial(Inbox { filled: self.filled + more, ..self }),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Mail::Partial(self),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                Mail::Partial(self)
+            }
             Err(_) => Mail::Gone,
         }
     }

@@ -78,8 +78,12 @@ impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Call { sequence, kind, count } = self;
         match kind {
-            CallKind::AllReduce { dtype, op } => write!(f, "all_reduce #{sequence} ({op}) of {count} {dtype}"),
-            CallKind::ReduceScatter { dtype, op } => write!(f, "reduce_scatter #{sequence} ({op}) of {count} {dtype}"),
+            CallKind::AllReduce { dtype, op } => {
+                write!(f, "all_reduce #{sequence} ({op}) of {count} {dtype}")
+            }
+            CallKind::ReduceScatter { dtype, op } => {
+                write!(f, "reduce_scatter #{sequence} ({op}) of {count} {dtype}")
+            }
             CallKind::AllGather { dtype } => write!(f, "all_gather #{sequence} of {count} {dtype}"),
             CallKind::Broadcast { dtype, root } => {
                 write!(f, "broadcast #{sequence} from rank {root} of {count} {dtype}")

@@ -11,9 +11,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
 
 use crate::abort::AbortHandle;
 use crate::broken::BreakReason;
-use crate::handshake::{
-    ANSWER_BYTES, Answer, Hello, Purpose, RefuseReason, VERDICT_BYTES, Verdict,
-};
+use crate::handshake::{ANSWER_BYTES, Answer, Hello, Purpose, RefuseReason, VERDICT_BYTES, Verdict};
 use crate::patience::{Patience, Vain};
 use crate::secret::{Proof, Secret, Side, fresh_nonce};
 
@@ -195,7 +193,9 @@ fn hear<const BYTES: usize>(mut stream: &TcpStream, patience: &Patience<'_>) -> 
         match stream.read(&mut message[filled..]) {
             Ok(0) => return Err(Failure::CutOff),
             Ok(more) => filled += more,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => patience.wait_for(stream, PollFlags::IN)?,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                patience.wait_for(stream, PollFlags::IN)?
+            }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => return Err(Failure::CutOff),
         }

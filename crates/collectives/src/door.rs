@@ -12,6 +12,7 @@ use crate::broken::BreakReason;
 use crate::doors::Doors;
 use crate::handshake::{Purpose, RefuseReason};
 use crate::lock;
+use crate::patience::after;
 use crate::secret::Secret;
 
 /// Lets connections of one generation in, for as long as it lives.
@@ -94,7 +95,7 @@ impl Door {
 
     /// The next connection that wants state; nothing if none comes within `timeout`, or once the door is closed.
     pub fn next_state(&self, timeout: Duration) -> Option<StateConnection> {
-        let deadline = Instant::now() + timeout;
+        let deadline = after(Instant::now(), timeout);
         let mut arrivals = lock(&self.room.arrivals);
         loop {
             if arrivals.closed {

@@ -12,6 +12,7 @@ use crate::dial::{DialError, dial};
 use crate::door::{ArrivalError, Door};
 use crate::handshake::Purpose;
 use crate::neighbours::Neighbours;
+use crate::patience::after;
 use crate::secret::Secret;
 
 /// A rank's place in the ring of one world.
@@ -140,13 +141,16 @@ pub(crate) fn connect(
     if size.0 == 1 {
         return Ok(None);
     }
-    let deadline = Instant::now() + options.form;
+    let deadline = after(Instant::now(), options.form);
     let next_rank = Rank(if rank.0 + 1 == size.0 { 0 } else { rank.0 + 1 });
     let prev_rank = Rank(if rank.0 == 0 { size.0 - 1 } else { rank.0 - 1 });
-    let next = dial(next, Purpose::Ring { rank }, generation, secret, deadline, abort).map_err(|source| match source {
-        DialError::Aborted { reason } => FormError::Aborted { reason },
-        source => FormError::Next { rank: next_rank, source },
-    })?;
+    let next =
+        dial(next, Purpose::Ring { rank }, generation, secret, deadline, abort).map_err(
+            |source| match source {
+                DialError::Aborted { reason } => FormError::Aborted { reason },
+                source => FormError::Next { rank: next_rank, source },
+            },
+        )?;
     let prev = await_previous(door, prev_rank, deadline, abort)?;
     let neighbours = Neighbours { next, next_rank, prev, prev_rank };
     neighbours.prepare(options.stall).map_err(|source| FormError::System { source })?;

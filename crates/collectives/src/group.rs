@@ -1,5 +1,7 @@
 //! The live ring of one world, and the collectives that run on it.
 
+use std::fmt;
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use reknit_membership::ids::{Generation, Rank, WorldSize};
@@ -34,7 +36,6 @@ pub struct Group {
     generation: Generation,
     rank: Rank,
     size: WorldSize,
-    options: GroupOptions,
     abort: AbortHandle,
     /// Nothing in a world of one.
     ring: Option<Ring>,
@@ -49,6 +50,9 @@ struct Ring {
     transport: TcpTransport,
     watcher: Watcher,
     staging: Vec<u8>,
+    seat: Seat,
+    limits: Limits,
+    abort: AbortHandle,
     _attached: Attached,
 }
 
@@ -62,6 +66,7 @@ impl Group {
         options: &GroupOptions,
         abort: AbortHandle,
     ) -> Result<Group, FormError> {
+        let Place { generation, rank, size, .. } = *place;
         let ring = match connect(door, place, options, &abort)? {
             None => None,
             Some(neighbours) => {
@@ -71,13 +76,14 @@ impl Group {
                 let attached = abort.attach(aborted.clone());
                 let watcher = Watcher::start(neighbours.clone(), aborted.clone()).map_err(system)?;
                 let staging = vec![0; options.chunk_bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)];
+                let seat = Seat { size, rank, prev: neighbours.prev_rank };
+                let limits = Limits { spin: options.spin, stall: options.stall };
                 let transport = TcpTransport { neighbours, aborted };
-                Some(Ring { transport, watcher, staging, _attached: attached })
+                let abort = abort.clone();
+                Some(Ring { transport, watcher, staging, seat, limits, abort, _attached: attached })
             }
         };
-        let Place { generation, rank, size, .. } = *place;
-        let options = options.clone();
-        Ok(Group { generation, rank, size, options, abort, ring, broken: None, sequence: 0, scratch: Vec::new() })
+        Ok(Group { generation, rank, size, abort, ring, broken: None, sequence: 0, scratch: Vec::new() })
     }
 
     /// This rank.
@@ -225,10 +231,7 @@ impl Group {
                 }
                 Ok(word)
             }
-            Some(ring) => {
-                let seat = Seat { size: self.size, rank: self.rank, prev: ring.transport.neighbours.prev_rank };
-                ring.run(call, seat, input, work, word, &self.abort, &self.options)
-            }
+            Some(ring) => ring.run(call, input, work, word),
         };
         result.map_err(|(suspects, reason)| {
             // Whatever an abort leads to, the abort is the reason.
@@ -254,34 +257,42 @@ impl Group {
     }
 }
 
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Group { generation, rank, size, broken, .. } = self;
+        write!(f, "Group({generation:?} {rank:?}/{size:?}, broken: {broken:?})")
+    }
+}
+
 impl Ring {
-    #[expect(clippy::too_many_arguments, reason = "it is one call site's body, cut out so that it can be read")]
     fn run<T: Element>(
         &mut self,
         call: Call,
-        seat: Seat,
         input: &[T],
         work: &mut [T],
         word: ControlWord,
-        abort: &AbortHandle,
-        options: &GroupOptions,
     ) -> Result<ControlWord, (Vec<Rank>, BreakReason)> {
         self.watcher.begin().map_err(|lost| match lost {
-            Some(rank) => lost_neighbour(rank, std::io::ErrorKind::UnexpectedEof),
+            Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
             None => (Vec::new(), BreakReason::Aborted),
         })?;
-        let limits = Limits { spin: options.spin, stall: options.stall };
-        let run = Run::new(call, seat, input, work, &mut self.staging, word);
-        match drive(run, &mut self.transport, abort, limits) {
+        let run = Run::new(call, self.seat, input, work, &mut self.staging, word);
+        match drive(run, &mut self.transport, &self.abort, self.limits) {
             Ok(word) => {
                 self.watcher.finish(Outcome::Done);
                 Ok(word)
             }
             Err(fault) => {
                 let (suspects, reason) = self.explain(fault);
+                // After an abort it was this side that ended the connections.
                 let lost = match reason {
-                    BreakReason::NeighbourLost { rank, .. } if !abort.is_aborted() => Some(rank),
-                    _ => None,
+                    BreakReason::NeighbourLost { rank, .. } if !self.abort.is_aborted() => Some(rank),
+                    BreakReason::NeighbourLost { .. }
+                    | BreakReason::Stalled { .. }
+                    | BreakReason::Aborted
+                    | BreakReason::Mismatch { .. }
+                    | BreakReason::Protocol { .. }
+                    | BreakReason::System { .. } => None,
                 };
                 self.watcher.finish(Outcome::Failed(lost));
                 Err((suspects, reason))
@@ -309,6 +320,6 @@ impl Ring {
     }
 }
 
-fn lost_neighbour(rank: Rank, kind: std::io::ErrorKind) -> (Vec<Rank>, BreakReason) {
+fn lost_neighbour(rank: Rank, kind: ErrorKind) -> (Vec<Rank>, BreakReason) {
     (vec![rank], BreakReason::NeighbourLost { rank, kind })
 }

@@ -12,8 +12,8 @@
 //!                                       rank r-1 ══ bytes, one way ══► rank r ═══════╪══════════════► rank r+1
 //!                                                                                    └─ its watcher: has one ended?
 //! ```
-//! Read in this order: [`schedule`] (who sends what when: pure), [`ring`](mod@ring) (a collective as one byte stream),
-//! [`group`] (what callers use), [`watcher`] (how a loss is noticed), [`handshake`] and [`acceptor`] (who is let in).
+//! Read in this order: `schedule` (who sends what when: pure), `ring` (a collective as one byte stream), `group` (what
+//! callers use), `watcher` (how a loss is noticed), `handshake` and `acceptor` (who is let in).
 //!
 //! # Invariants
 //! The tests cite these numbers.

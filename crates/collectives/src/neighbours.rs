@@ -32,7 +32,8 @@ impl Neighbours {
     /// Makes both connections ready for the ring. A peer that vanishes without a word, as a machine that loses power
     /// does, is noticed by the kernel within about `stall`.
     pub(crate) fn prepare(&self, stall: Duration) -> io::Result<()> {
-        let stall_ms = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
+        // The kernel takes it as a signed number.
+        let stall_ms = i32::try_from(stall.as_millis()).unwrap_or(i32::MAX).unsigned_abs();
         let probe = (stall / 4).clamp(Duration::from_secs(1), Duration::from_secs(3600));
         for stream in [&self.next, &self.prev] {
             stream.set_nonblocking(true)?;

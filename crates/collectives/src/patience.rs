@@ -11,6 +11,12 @@ use crate::abort::{AbortHandle, Attached};
 use crate::broken::BreakReason;
 use crate::wake::{Wake, poll};
 
+/// The instant `wait` after `start`; some years after it if `wait` is longer than the clock can count.
+pub(crate) fn after(start: Instant, wait: Duration) -> Instant {
+    const YEARS: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+    start.checked_add(wait).unwrap_or_else(|| start + YEARS)
+}
+
 /// Why a wait was in vain.
 #[derive(Debug)]
 pub(crate) enum Vain {

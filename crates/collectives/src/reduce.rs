@@ -170,14 +170,20 @@ fold_integers!(i32, i64, u8);
 fold_halves!(f16, bf16);
 
 /// The smaller of two floats, or NaN if either is: `f32::min` would drop the NaN. Written with selects only.
-#[expect(clippy::eq_op, reason = "a number that differs from itself is a NaN; this form works for f32 and f64")]
+#[expect(
+    clippy::eq_op,
+    reason = "a number that differs from itself is a NaN; this form works for f32 and f64"
+)]
 #[inline(always)]
 fn min<F: PartialOrd + Copy>(a: F, b: F) -> F {
     if a < b || a != a { a } else { b }
 }
 
 /// The larger of two floats, or NaN if either is.
-#[expect(clippy::eq_op, reason = "a number that differs from itself is a NaN; this form works for f32 and f64")]
+#[expect(
+    clippy::eq_op,
+    reason = "a number that differs from itself is a NaN; this form works for f32 and f64"
+)]
 #[inline(always)]
 fn max<F: PartialOrd + Copy>(a: F, b: F) -> F {
     if a > b || a != a { a } else { b }
@@ -198,7 +204,10 @@ mod tests {
             output
         });
         let first = results.next().unwrap();
-        assert!(results.all(|other| bytemuck::cast_slice::<T, u8>(&other) == bytemuck::cast_slice::<T, u8>(&first)));
+        assert!(
+            results
+                .all(|other| bytemuck::cast_slice::<T, u8>(&other) == bytemuck::cast_slice::<T, u8>(&first))
+        );
         first
     }
 
@@ -234,7 +243,10 @@ mod tests {
         let want: Vec<f16> =
             came.iter().zip(&own).map(|(a, b)| f16::from_f32(a.to_f32() + b.to_f32())).collect();
         assert_eq!(fold(ReduceOp::Sum, &came, &own), want);
-        assert_eq!(fold(ReduceOp::Max, &[bf16::from_f32(-2.0)], &[bf16::from_f32(-3.0)]), [bf16::from_f32(-2.0)]);
+        assert_eq!(
+            fold(ReduceOp::Max, &[bf16::from_f32(-2.0)], &[bf16::from_f32(-3.0)]),
+            [bf16::from_f32(-2.0)]
+        );
         let mut mean = [bf16::from_f32(3.0); 300];
         Fold::divide(&mut mean, 2);
         assert_eq!(mean, [bf16::from_f32(1.5); 300]);

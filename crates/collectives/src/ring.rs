@@ -155,7 +155,8 @@ impl<'a, T: Element> Run<'a, T> {
         assert!(staging.len() >= HEADER_BYTES, "a header must fit the staging");
         let Seat { size, rank, prev } = seat;
         let schedule = Schedule::new(call.kind.pattern(), work.len(), size, rank);
-        let to_come = (0..schedule.steps()).map(|step| frame_bytes::<T>(step, &schedule.received(step))).sum();
+        let to_come =
+            (0..schedule.steps()).map(|step| frame_bytes::<T>(step, &schedule.received(step))).sum();
         Run {
             call,
             schedule,
@@ -223,9 +224,11 @@ impl<'a, T: Element> Run<'a, T> {
         while step < self.schedule.steps() && count + PIECES_A_FRAME <= PIECES_MAX {
             let lead = lead(step);
             let end = self.available(step).min(at + self.staging.len() - offered);
-            for (start, bytes) in
-                [(0, &self.header[..lead]), (lead, &word[..]), (lead + ControlWord::BYTES, self.payload(step))]
-            {
+            for (start, bytes) in [
+                (0, &self.header[..lead]),
+                (lead, &word[..]),
+                (lead + ControlWord::BYTES, self.payload(step)),
+            ] {
                 let from = at.saturating_sub(start).min(bytes.len());
                 let to = end.saturating_sub(start).min(bytes.len());
                 if from < to {

@@ -81,7 +81,9 @@ impl Schedule {
         let around = self.size as usize - 1;
         match self.pattern {
             Pattern::AllReduce => 2 * around,
-            Pattern::ReduceScatter | Pattern::AllGather | Pattern::Broadcast { .. } | Pattern::Barrier => around,
+            Pattern::ReduceScatter | Pattern::AllGather | Pattern::Broadcast { .. } | Pattern::Barrier => {
+                around
+            }
         }
     }
 
@@ -186,7 +188,11 @@ mod tests {
                 let prev = &plans[(rank + plans.len() - 1) % plans.len()];
                 assert_eq!(plan.steps(), prev.steps());
                 for step in 0..plan.steps() {
-                    assert_eq!(plan.received(step), prev.sent(step), "{pattern:?} len {len} rank {rank} step {step}");
+                    assert_eq!(
+                        plan.received(step),
+                        prev.sent(step),
+                        "{pattern:?} len {len} rank {rank} step {step}"
+                    );
                 }
             }
         });
@@ -240,7 +246,11 @@ mod tests {
                                 assert_eq!(came & own(rank), 0, "{pattern:?}: input {rank} is in it twice");
                                 *to = came | own(rank);
                                 let whole = *to == all;
-                                assert_eq!(whole, plan.action(step) == Action::FoldLast, "{pattern:?} {plan:?}");
+                                assert_eq!(
+                                    whole,
+                                    plan.action(step) == Action::FoldLast,
+                                    "{pattern:?} {plan:?}"
+                                );
                             }
                             Action::Place => *to = *came,
                         }
@@ -258,7 +268,9 @@ mod tests {
                     }
                     Pattern::AllGather => {
                         for owner in 0..n {
-                            assert!(output[part(len, size, Rank(owner as u32))].iter().all(|s| *s == own(owner)));
+                            assert!(
+                                output[part(len, size, Rank(owner as u32))].iter().all(|s| *s == own(owner))
+                            );
                         }
                     }
                     Pattern::Broadcast { root } => assert!(output.iter().all(|s| *s == own(root.0 as usize))),

@@ -59,7 +59,9 @@ impl Link {
         match (self, outcome) {
             (Link::Idle | Link::Running, Outcome::Done) => (Link::Idle, Then::Leave),
             (Link::Idle | Link::Running, Outcome::Failed(lost)) => (Link::Down(lost), Then::ShutDown),
-            (Link::RunningOut(rank), Outcome::Done | Outcome::Failed(_)) => (Link::Down(Some(rank)), Then::ShutDown),
+            (Link::RunningOut(rank), Outcome::Done | Outcome::Failed(_)) => {
+                (Link::Down(Some(rank)), Then::ShutDown)
+            }
             (Link::Down(lost), Outcome::Done) => (Link::Down(lost), Then::Leave),
             (Link::Down(lost), Outcome::Failed(late)) => (Link::Down(lost.or(late)), Then::Leave),
         }

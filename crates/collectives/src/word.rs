@@ -54,7 +54,9 @@ mod tests {
     #[test]
     fn a_word_is_a_set() {
         let both = ControlWord::FAILED | ControlWord::SAVE_REQUESTED;
-        assert!(both.contains(ControlWord::FAILED) && both.contains(both) && both.contains(ControlWord::NONE));
+        assert!(
+            both.contains(ControlWord::FAILED) && both.contains(both) && both.contains(ControlWord::NONE)
+        );
         assert!(!both.contains(ControlWord::BOUNDARY_REQUESTED));
         assert!(!ControlWord::FAILED.contains(both));
     }

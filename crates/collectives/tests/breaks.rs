@@ -1,5 +1,7 @@
 //! What happens when ranks die, leave, stall, give up or disagree: everybody returns, and nobody with a wrong sum.
 
+#![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
+
 mod common;
 
 use std::io::Read;
@@ -9,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use common::{BOUND, Chance, Cut, World, each, index, relay, seed, together};
 use reknit_collectives::{
-    AbortHandle, BreakReason, Broken, Call, CallKind, ControlWord, DType, FormError, Group, GroupOptions, Place,
-    Purpose, ReduceOp, dial,
+    AbortHandle, BreakReason, Broken, Call, CallKind, ControlWord, DType, FormError, Group, GroupOptions,
+    Place, Purpose, ReduceOp, dial,
 };
 use reknit_membership::ids::{Generation, Rank, WorldSize};
 
@@ -106,7 +108,10 @@ fn a_link_cut_after_the_last_byte_breaks_nobody() {
             let mut data = input(index(group), len);
             group.all_reduce(&mut data, ReduceOp::Sum, NONE).map(|_| data)
         });
-        assert!(results.iter().all(|result| *result == Ok(sums(size, len))), "C-6: {size} ranks, {len} numbers");
+        assert!(
+            results.iter().all(|result| *result == Ok(sums(size, len))),
+            "C-6: {size} ranks, {len} numbers"
+        );
     }
 }
 
@@ -141,7 +146,10 @@ fn a_rank_that_finishes_a_collective_and_leaves_makes_no_other_fail_it() {
                     let mut data = input(index(&group), len);
                     let result = group.all_reduce(&mut data, ReduceOp::Sum, NONE);
                     drop(group);
-                    assert!(result.is_ok() && data == sums(size, len), "C-6: {size} ranks, round {round}: {result:?}");
+                    assert!(
+                        result.is_ok() && data == sums(size, len),
+                        "C-6: {size} ranks, round {round}: {result:?}"
+                    );
                 }
             });
             together(works.collect());
@@ -229,7 +237,11 @@ fn a_lost_neighbour_is_noticed_once_while_nobody_calls_anything() {
         assert!(seen.iter().all(|(rank, lost)| (rank.0 + lost.0) % 2 == 1), "{seen:?}");
         assert!(seen[1..].iter().any(|(_, lost)| *lost == Rank(2)), "{seen:?}");
         drop(groups);
-        assert_eq!(told.recv_timeout(PROMPT), Err(mpsc::RecvTimeoutError::Disconnected), "nobody is told twice");
+        assert_eq!(
+            told.recv_timeout(PROMPT),
+            Err(mpsc::RecvTimeoutError::Disconnected),
+            "nobody is told twice"
+        );
     }
 }
 
@@ -283,7 +295,8 @@ fn a_rank_that_never_calls_stalls_the_others_who_say_so() {
         _ => group.barrier(NONE).unwrap_err(),
     });
     assert!(start.elapsed() < PROMPT, "C-1");
-    let stalled = |broken: &Broken| matches!(broken.reason, BreakReason::Stalled { waited } if waited >= stall);
+    let stalled =
+        |broken: &Broken| matches!(broken.reason, BreakReason::Stalled { waited } if waited >= stall);
     assert!(stalled(&results[1]) || stalled(&results[2]), "{results:?}");
     if stalled(&results[1]) {
         assert_eq!(results[1].suspects, [Rank(0)]);
@@ -298,9 +311,15 @@ fn a_next_rank_that_is_gone_is_noticed_though_the_previous_one_is_alive_and_sile
         (listener.open(Generation(1), secret.clone()), next.open(Generation(1), secret.clone()));
     let silent = Purpose::Ring { rank: Rank(0) };
     let handle = AbortHandle::new();
-    let _silent = dial(listener.local_addr(), silent, Generation(1), &secret, common::soon(), &handle).unwrap();
-    let place =
-        Place { generation: Generation(1), rank: Rank(1), size: WorldSize(3), secret, next: next.local_addr() };
+    let _silent =
+        dial(listener.local_addr(), silent, Generation(1), &secret, common::soon(), &handle).unwrap();
+    let place = Place {
+        generation: Generation(1),
+        rank: Rank(1),
+        size: WorldSize(3),
+        secret,
+        next: next.local_addr(),
+    };
     let group = Group::form(&door, &place, &options(), handle.clone()).unwrap();
     let connection = next_door.next_ring(common::soon(), &handle).unwrap();
     // Read on, so that it closes in good order once it has the header and the first word.
@@ -381,7 +400,10 @@ fn a_world_of_one_knows_only_its_own_abort() {
     assert_eq!(data, [3.0, 4.0]);
     group.abort_handle().abort(BreakReason::Aborted);
     let broken = group.barrier(NONE).unwrap_err();
-    assert_eq!((broken.reason, broken.generation, broken.suspects), (BreakReason::Aborted, group.generation(), vec![]));
+    assert_eq!(
+        (broken.reason, broken.generation, broken.suspects),
+        (BreakReason::Aborted, group.generation(), vec![])
+    );
 }
 
 #[test]

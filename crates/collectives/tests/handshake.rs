@@ -1,5 +1,7 @@
 //! Who is let in, who is not, and that nobody can delay anybody: the listener, its doors and the dialler.
 
+#![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
+
 mod common;
 
 use std::io::{ErrorKind, Read, Write};
@@ -10,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use common::{BOUND, DIALLER_BYTES, SECRET, listener, listener_with, secret, soon, together};
 use reknit_collectives::{
-    AbortHandle, ArrivalError, BreakReason, DialError, FormError, Group, GroupOptions, ListenerOptions, Place,
-    Purpose, RefuseReason, Secret, dial,
+    AbortHandle, ArrivalError, BreakReason, DialError, FormError, Group, GroupOptions, ListenerOptions,
+    Place, Purpose, RefuseReason, Secret, dial,
 };
 use reknit_membership::ids::{Generation, MemberId, Rank, WorldSize};
 
@@ -21,7 +23,12 @@ const STATE: Purpose = Purpose::State { member: MemberId(0xfeed) };
 /// Shorter than any limit on a handshake, longer than what is not delayed takes on a busy machine.
 const PROMPT: Duration = Duration::from_secs(2);
 
-fn dial_as(purpose: Purpose, addr: SocketAddr, generation: u64, secret: &Secret) -> Result<TcpStream, DialError> {
+fn dial_as(
+    purpose: Purpose,
+    addr: SocketAddr,
+    generation: u64,
+    secret: &Secret,
+) -> Result<TcpStream, DialError> {
     dial(addr, purpose, Generation(generation), secret, soon(), &AbortHandle::new())
 }
 
@@ -114,33 +121,57 @@ fn opening_a_generation_again_replaces_the_first_door() {
     assert!(second.next_ring(soon(), &AbortHandle::new()).is_ok());
 }
 
+/// Says `hello` and hears the first answer: its sign and why it is refused, or zero.
+fn ask(addr: SocketAddr, hello: &[u8]) -> ([u8; 4], u8) {
+    let mut stream = TcpStream::connect(addr).unwrap();
+    stream.write_all(hello).unwrap();
+    hear_answer(&mut stream)
+}
+
+fn hear_answer(stream: &mut TcpStream) -> ([u8; 4], u8) {
+    let mut answer = [0; 24];
+    stream.set_read_timeout(Some(BOUND)).unwrap();
+    stream.read_exact(&mut answer).unwrap();
+    (*answer.first_chunk().unwrap(), answer[6])
+}
+
 #[test]
 fn who_dials_before_the_door_opens_is_let_in_when_it_does() {
-    let listener = Arc::new(listener());
+    let listener = listener();
     let addr = listener.local_addr();
-    // A connection that was let in is here before the dial returns, so this one is held by then.
     let early = thread::spawn(move || dial_as(RING, addr, 7, &secret()));
-    let mut probe = TcpStream::connect(addr).unwrap();
-    probe.write_all(&hello(1, 1, 7, 0)).unwrap();
+    let mut held = TcpStream::connect(addr).unwrap();
+    held.write_all(&hello(1, 1, 7, 5)).unwrap();
+    // The listener reads what came first first: when this has its answer, the one before has been read and is held.
+    assert_eq!(ask(addr, &hello(2, 1, 7, 3)), (*b"rkA1", 1), "wrong version");
     let opened = Instant::now();
     let door = listener.open(Generation(7), secret());
-    let connection = door.next_ring(soon(), &AbortHandle::new()).unwrap();
+    assert_eq!(hear_answer(&mut held), (*b"rkA1", 0), "challenged");
+    assert_eq!(door.next_ring(soon(), &AbortHandle::new()).unwrap().rank, Rank(3));
     assert!(opened.elapsed() < PROMPT);
-    assert_eq!(connection.rank, Rank(3));
     assert!(early.join().unwrap().is_ok());
+}
+
+#[test]
+fn who_comes_too_early_when_many_have_is_asked_to_come_back_at_once() {
+    let listener =
+        listener_with(ListenerOptions { held_max: 1, hold: BOUND * 2, ..ListenerOptions::default() });
+    let mut held = TcpStream::connect(listener.local_addr()).unwrap();
+    held.write_all(&hello(1, 1, 7, 3)).unwrap();
+    assert_eq!(ask(listener.local_addr(), &hello(1, 1, 7, 3)), (*b"rkA1", 2), "C-9: unknown generation");
+    let _door = listener.open(Generation(7), secret());
+    assert_eq!(hear_answer(&mut held), (*b"rkA1", 0), "challenged");
 }
 
 #[test]
 fn who_dials_a_generation_that_never_opens_is_told_so() {
     let hold = Duration::from_millis(50);
-    for held_max in [0, 64] {
-        let listener = listener_with(ListenerOptions { hold, held_max, ..ListenerOptions::default() });
-        let deadline = Instant::now() + Duration::from_millis(200);
-        let addr = listener.local_addr();
-        let result = dial(addr, RING, Generation(7), &secret(), deadline, &AbortHandle::new());
-        assert_eq!(reason(result), RefuseReason::UnknownGeneration);
-        assert!(Instant::now() >= deadline, "it is worth trying again until the deadline");
-    }
+    let listener = listener_with(ListenerOptions { hold, ..ListenerOptions::default() });
+    let deadline = Instant::now() + Duration::from_millis(200);
+    let addr = listener.local_addr();
+    let result = dial(addr, RING, Generation(7), &secret(), deadline, &AbortHandle::new());
+    assert_eq!(reason(result), RefuseReason::UnknownGeneration);
+    assert!(Instant::now() >= deadline, "it is worth trying again until the deadline");
 }
 
 #[test]
@@ -149,12 +180,8 @@ fn a_door_that_opens_after_the_hold_is_reached_by_dialling_again() {
         listener_with(ListenerOptions { hold: Duration::from_millis(1), ..ListenerOptions::default() });
     let addr = listener.local_addr();
     let early = thread::spawn(move || dial_as(RING, addr, 7, &secret()));
-    // Held and refused, so the dialler of above has been too or will find the door open.
-    let mut probe = TcpStream::connect(addr).unwrap();
-    probe.write_all(&hello(1, 1, 7, 0)).unwrap();
-    let mut answer = [0; 24];
-    probe.read_exact(&mut answer).unwrap();
-    assert_eq!((&answer[..4], answer[6]), (&b"rkA1"[..], 2), "unknown generation");
+    // Held for as long and refused, as the dialler is by about now: so the door opens while it pauses, or it is open.
+    assert_eq!(ask(addr, &hello(1, 1, 7, 5)), (*b"rkA1", 2), "unknown generation");
     let door = listener.open(Generation(7), secret());
     assert!(door.next_ring(soon(), &AbortHandle::new()).is_ok());
     assert!(early.join().unwrap().is_ok());
@@ -166,12 +193,11 @@ fn another_version_is_told_so_and_garbage_is_told_nothing() {
     let _door = listener.open(Generation(7), secret());
     let mut other = TcpStream::connect(listener.local_addr()).unwrap();
     other.write_all(&hello(2, 1, 7, 3)).unwrap();
-    let mut answer = [0; 24];
-    other.read_exact(&mut answer).unwrap();
-    assert_eq!((&answer[..4], answer[6]), (&b"rkA1"[..], 1), "wrong version");
+    assert_eq!(hear_answer(&mut other), (*b"rkA1", 1), "wrong version");
     assert!(is_closed(&other));
 
-    let garbage: [&[u8]; 4] = [b"GET / HTTP/1.1\r\n", &[0xff; 4096], &hello(1, 9, 7, 3), &hello(1, 1, 7, 1 << 40)];
+    let garbage: [&[u8]; 4] =
+        [b"GET / HTTP/1.1\r\n", &[0xff; 4096], &hello(1, 9, 7, 3), &hello(1, 1, 7, 1 << 40)];
     for garbage in garbage {
         let mut stream = TcpStream::connect(listener.local_addr()).unwrap();
         stream.write_all(garbage).unwrap();
@@ -372,7 +398,12 @@ fn an_abort_wakes_who_dials_and_who_waits_at_a_door() {
     let nobody = silent.local_addr().unwrap();
     let unopened = listener.local_addr();
     let dial_with = |addr: SocketAddr, abort: AbortHandle| {
-        move || matches!(dial(addr, RING, Generation(8), &secret(), soon(), &abort), Err(DialError::Aborted { .. }))
+        move || {
+            matches!(
+                dial(addr, RING, Generation(8), &secret(), soon(), &abort),
+                Err(DialError::Aborted { .. })
+            )
+        }
     };
     let waits = abort.clone();
     let works: Vec<Box<dyn FnOnce() -> bool + Send>> = vec![
@@ -404,8 +435,12 @@ fn forming_says_which_neighbour_is_missing() {
     let (listener, next) = (listener(), listener());
     let door = listener.open(Generation(7), secret());
     let _next_door = next.open(Generation(7), secret());
-    let error = Group::form(&door, &place(1, 3, next.local_addr()), &options, AbortHandle::new()).err().unwrap();
-    assert!(matches!(error, FormError::Previous { rank: Rank(0), source: ArrivalError::TimedOut }), "{error:?}");
+    let error =
+        Group::form(&door, &place(1, 3, next.local_addr()), &options, AbortHandle::new()).err().unwrap();
+    assert!(
+        matches!(error, FormError::Previous { rank: Rank(0), source: ArrivalError::TimedOut }),
+        "{error:?}"
+    );
     assert_eq!(error.suspect(), Some(Rank(0)));
 
     let gone = common::listener().local_addr();
@@ -427,7 +462,11 @@ fn forming_takes_no_connection_from_another_rank_than_the_previous() {
     let group = Group::form(&door, &place, &GroupOptions::default(), AbortHandle::new()).unwrap();
     assert!(is_closed(&stray));
     right.set_nonblocking(true).unwrap();
-    assert_eq!((&right).read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::WouldBlock, "the right one is in use");
+    assert_eq!(
+        (&right).read(&mut [0; 1]).unwrap_err().kind(),
+        ErrorKind::WouldBlock,
+        "the right one is in use"
+    );
     drop(group);
 }
 

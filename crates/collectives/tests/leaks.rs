@@ -1,5 +1,7 @@
 //! C-10: threads and descriptors end with what they belong to. The only test in its process, because it counts them.
 
+#![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
+
 mod common;
 
 use std::time::Instant;
@@ -17,7 +19,11 @@ fn count() -> (usize, usize) {
 fn check_count(want: (usize, usize), when: &str) {
     let deadline = soon();
     while count() != want {
-        assert!(Instant::now() < deadline, "C-10: {:?} threads and descriptors {when}, not {want:?}", count());
+        assert!(
+            Instant::now() < deadline,
+            "C-10: {:?} threads and descriptors {when}, not {want:?}",
+            count()
+        );
         std::thread::yield_now();
     }
 }

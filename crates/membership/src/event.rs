@@ -101,7 +101,8 @@ pub enum Event {
         /// Whose connection ended or stalled.
         suspects: Vec<Rank>,
     },
-    /// A member has reached the step boundary it was asked to stop at.
+    /// A member rests at a step boundary: the one it was asked to stop at, or the one at which it was when it was told
+    /// that its world is over ([`Message::Break`]).
     Boundary {
         /// Who.
         member: MemberId,
@@ -264,10 +265,11 @@ pub enum Message {
     Go {
         /// The world.
         generation: Generation,
-        /// The state.
+        /// The state that the member has, by the name it has from now on.
         resume: Resume,
     },
-    /// The world is over, the next one is not yet known.
+    /// The world is over, and the member has no place in another one yet. It answers [`Event::Boundary`] as soon as its
+    /// program rests, unless a world has come before that: what it holds may be the newest state.
     Break {
         /// The world.
         generation: Generation,

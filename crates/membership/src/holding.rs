@@ -11,7 +11,7 @@ use crate::world::{Peer, Seat};
 /// One exact state of the job: two members that name the same one hold the same bytes (rule M-15).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Resume {
-    /// The branch of the job's history.
+    /// The world that computed it, or that started with it.
     pub lineage: Lineage,
     /// How many steps are committed in it.
     pub step: Step,
@@ -86,7 +86,7 @@ pub struct Plan {
     pub generation: Generation,
     /// Counts the plans of this generation: an answer to an older one is ignored.
     pub attempt: u32,
-    /// The state to reach.
+    /// The state to reach, by the name it has until the barrier opens.
     pub resume: Resume,
     /// What to get from other members' memory.
     pub fetch: Vec<Fetch>,

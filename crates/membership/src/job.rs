@@ -187,7 +187,10 @@ impl Job {
             timing,
             members_max,
             now,
-            names: members.iter().map(|(member, m): (&MemberId, &Member)| (m.name.clone(), *member)).collect(),
+            names: members
+                .iter()
+                .map(|(member, m): (&MemberId, &Member)| (m.name.clone(), *member))
+                .collect(),
             arrivals: members.len() as u64,
             slots_total: members.values().map(|m| m.slots).sum(),
             lease_scan: takeover,
@@ -265,7 +268,7 @@ impl Job {
             Phase::Forming(forming) => forming.deadline(),
             Phase::Establishing(establishing) => Some(self.establishing_deadline(establishing)),
             Phase::Restoring(restoring) => Some(restoring.deadline),
-            Phase::Running(running) => running.deadline(),
+            Phase::Running(running) => running.deadline(&self.timing),
             Phase::Closed(_) => return None,
         };
         let leases = (!self.members.is_empty()).then_some(self.lease_scan);
@@ -359,3 +362,6 @@ impl Job {
         self.phase = Phase::Closed(closure);
     }
 }
+
+#[cfg(test)]
+mod walk_tests;

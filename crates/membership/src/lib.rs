@@ -40,7 +40,7 @@
 //! | M-12 | A joiner beyond what the world can take changes nothing for the members that run. |
 //! | M-13 | Planned changes merge: they cost one generation, taken at a step boundary. |
 //! | M-14 | A checkpoint counts only when every rank of its world reported its part with one digest of the state. |
-//! | M-15 | A state that came from anything but a survivor's memory starts a new lineage. |
+//! | M-15 | Two members that name the same state hold the same bytes: a state goes by the world that computed it. |
 
 #![forbid(unsafe_code)]
 #![deny(clippy::wildcard_enum_match_arm)]

@@ -273,6 +273,70 @@ fn k_11_a_field_that_does_not_fit_the_others_is_refused() {
     assert!(matches!(parse(&later), Err(BadManifest::UnknownFormat { found: 2 })));
 }
 
+/// Makes the digest of the whole fit the chunks again, as somebody would who forges a manifest.
+fn forged(
+    mut manifest: Value,
+    layout: &Layout,
+    change: impl Fn(&mut Value),
+) -> Result<Manifest, BadManifest> {
+    change(&mut manifest);
+    let shards = manifest["shards"].as_array().unwrap();
+    let text: String = shards.iter().map(|shard| shard["chunks"].as_str().unwrap()).collect();
+    let chunks = text
+        .as_bytes()
+        .chunks(32)
+        .map(|hex| Digest(u128::from_str_radix(std::str::from_utf8(hex).unwrap(), 16).unwrap()));
+    let values = serde_json::from_value(manifest["values"].clone()).unwrap();
+    let fingerprint = Fingerprint::from_parts(layout, chunks.collect(), &values).unwrap();
+    manifest["state_digest"] = json!(fingerprint.state().to_string());
+    Manifest::parse(&serde_json::to_vec(&manifest).unwrap())
+}
+
+#[test]
+fn k_11_a_forged_manifest_whose_parts_do_not_cover_the_state_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, parts) = parts(dir.path());
+    let layout = layout(&state);
+    let good: Value = serde_json::from_slice(&assemble(&layout, 120, 7, &parts).to_bytes()).unwrap();
+    let chunks = |n: usize| json!("0123456789abcdef0123456789abcdef".repeat(n));
+    let check = |change: &dyn Fn(&mut Value)| match forged(good.clone(), &layout, change) {
+        Ok(_) => "nothing",
+        Err(BadManifest::Inconsistent { field }) => field,
+        Err(other) => panic!("{other}"),
+    };
+    assert_eq!(check(&|_| {}), "nothing");
+    assert_eq!(check(&|m| m["shards"][0]["chunks"] = chunks(1)), "nothing");
+    assert_eq!(check(&|m| m["shards"][0]["chunks"] = chunks(2)), "chunks");
+    assert_eq!(check(&|m| m["shards"][0]["chunks"] = chunks(0)), "chunks");
+    let cut_through_a_chunk = |m: &mut Value| {
+        m["shards"][0]["end"] = json!(65);
+        m["shards"][0]["chunks"] = chunks(2);
+        m["shards"][1]["start"] = json!(65);
+    };
+    assert_eq!(check(&cut_through_a_chunk), "end");
+    let not_to_the_end = |m: &mut Value| {
+        m["shards"][1]["end"] = json!(128);
+        m["shards"][1]["chunks"] = chunks(1);
+    };
+    assert_eq!(check(&not_to_the_end), "end");
+    let beyond_the_end = |m: &mut Value| {
+        m["shards"][1]["end"] = json!(192);
+        m["shards"][1]["file_bytes"] = json!(5000);
+    };
+    assert_eq!(check(&beyond_the_end), "start");
+    for file_bytes in [0, 63, 64, 71, 64 + 8 + HEADER_BYTES_MAX + 1, u64::MAX] {
+        assert_eq!(check(&|m| m["shards"][0]["file_bytes"] = json!(file_bytes)), "file_bytes");
+    }
+    for file_bytes in [72, 64 + 8 + HEADER_BYTES_MAX] {
+        assert_eq!(check(&|m| m["shards"][0]["file_bytes"] = json!(file_bytes)), "nothing");
+    }
+    // There is one way to write a digest.
+    let upper = |m: &mut Value| {
+        m["shards"][1]["digest"] = json!(m["shards"][1]["digest"].as_str().unwrap().to_uppercase());
+    };
+    assert_eq!(check(&upper), "digest");
+}
+
 /// Where in `value` something is.
 fn pointers(value: &Value) -> Vec<String> {
     let below = |key: String, value: &Value| {

@@ -294,6 +294,33 @@ fn k_4_an_abandoned_save_stops_and_leaves_nothing() {
 }
 
 #[test]
+fn an_abandoned_save_stops_at_the_next_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = state(1);
+    let under_way: Arc<Mutex<Option<Arc<AtomicBool>>>> = Arc::default();
+    let flag = Arc::clone(&under_way);
+    let (open, gate) = mpsc::channel();
+    let gate = Mutex::new(gate);
+    let files = FailingFiles::none().watched_by(move |operation| {
+        if operation.starts_with("create ") {
+            let _ = gate.lock().unwrap().recv();
+        }
+        if operation.starts_with("write ") {
+            flag.lock().unwrap().as_ref().unwrap().store(true, Ordering::Relaxed);
+        }
+    });
+    let mut saver = saver_over(files.clone(), dir.path(), &state);
+    saver.begin(meta(20, 1, 0, 1), &state).unwrap();
+    *under_way.lock().unwrap() = Some(Arc::clone(&saver.abandoned));
+    open.send(()).unwrap();
+    assert!(matches!(saver.wait(PATIENCE), Some(Err(SaveError::Abandoned))));
+    let shard = "rank-00000-of-00001.safetensors";
+    let log = ["create_dir step-00000020-g1".to_owned(), format!("create {shard}"), format!("write {shard}")];
+    assert_eq!(files.log()[..3], log);
+    assert_eq!(files.log()[3..], [format!("remove {shard}")]);
+}
+
+#[test]
 fn a_saver_that_is_dropped_gives_up_what_it_was_writing() {
     let dir = tempfile::tempdir().unwrap();
     let state = small_state(1);

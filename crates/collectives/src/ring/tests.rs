@@ -114,7 +114,11 @@ impl<T: Element> Trial<'_, T> {
         let before = |rank: usize| (rank + n - 1) % n;
         let mut stagings: Vec<_> = (0..n).map(|_| vec![0; self.chunk]).collect();
         let mut transports: Vec<_> = (0..n)
-            .map(|r| Memory { next: pipes[r].clone(), prev: pipes[before(r)].clone(), chance: chance.clone() })
+            .map(|r| Memory {
+                next: pipes[r].clone(),
+                prev: pipes[before(r)].clone(),
+                chance: chance.clone(),
+            })
             .collect();
         let mut runs: Vec<_> = self
             .outputs
@@ -191,7 +195,10 @@ fn every_order_of_events_gives_the_same_sums_and_words() {
             for seed in 0..40 {
                 let inputs = input(n, len);
                 let Verdict { results, outputs, .. } = reduction(n, &inputs, seed).play();
-                assert!(results.iter().all(|r| *r == Ok(everybody(n))), "C-4: n {n} len {len} seed {seed}: {results:?}");
+                assert!(
+                    results.iter().all(|r| *r == Ok(everybody(n))),
+                    "C-4: n {n} len {len} seed {seed}: {results:?}"
+                );
                 let want: Vec<_> = (0..len).map(|at| total(&inputs, at)).collect();
                 assert!(outputs.iter().all(|output| *output == want), "C-3: n {n} len {len} seed {seed}");
             }
@@ -245,7 +252,8 @@ fn the_other_collectives_give_everybody_what_they_promise() {
 
                 let root = seed as usize % n;
                 let calls = same(n, CallKind::Broadcast { dtype, root: Rank(root as u32) }, len);
-                let trial = Trial { calls, outputs: inputs.clone(), inputs: &[], ..reduction(n, &inputs, seed) };
+                let trial =
+                    Trial { calls, outputs: inputs.clone(), inputs: &[], ..reduction(n, &inputs, seed) };
                 let Verdict { results, outputs, .. } = trial.play();
                 assert!(results.iter().all(|r| *r == Ok(everybody(n))), "broadcast {context}");
                 assert!(outputs.iter().all(|output| *output == inputs[root]), "broadcast {context}");
@@ -266,7 +274,8 @@ fn a_cut_after_any_byte_ends_every_rank_and_who_succeeds_has_the_sum() {
                 let seed = (bytes * n + rank) as u64;
                 let trial = Trial { cut: Some((rank, bytes)), ..reduction(n, &inputs, seed) };
                 let Verdict { results, outputs, .. } = trial.play();
-                let context = format!("C-1: n {n}, rank {rank} cut after {bytes} bytes, seed {seed}: {results:?}");
+                let context =
+                    format!("C-1: n {n}, rank {rank} cut after {bytes} bytes, seed {seed}: {results:?}");
                 assert!(results[(rank + 1) % n].is_err(), "{context}");
                 for (result, output) in results.iter().zip(&outputs) {
                     match result {

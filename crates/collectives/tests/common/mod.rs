@@ -1,6 +1,8 @@
 //! What the tests over real sockets share: worlds on loopback, a bound on everything, chance that a seed replays, and a
 //! relay that cuts a connection after so many bytes.
 #![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
+#![allow(clippy::print_stdout, reason = "a failed test's output says how to replay it")]
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -152,7 +154,9 @@ pub(crate) fn seed(test: &str) -> u64 {
     static SEED: OnceLock<u64> = OnceLock::new();
     let seed = *SEED.get_or_init(|| match std::env::var("REKNIT_SEED") {
         Ok(text) => text.parse().unwrap(),
-        Err(_) => std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos().into(),
+        Err(_) => {
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos().into()
+        }
     });
     println!("replay with: REKNIT_SEED={seed} cargo test -p reknit-collectives {test}");
     seed

@@ -100,7 +100,7 @@ impl Job {
             }
             Some(decision) => {
                 let deadline = self.now.after(self.timing.restore);
-                self.restore(Restoring::new(decision, held, attempt, deadline), out);
+                self.begin_restore(Restoring::new(decision, held, attempt, deadline), out);
             }
         }
     }

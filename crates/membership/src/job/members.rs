@@ -358,7 +358,10 @@ impl Job {
         self.members.values_mut().for_each(|m| change(&mut m.lease));
         self.unheard.values_mut().for_each(&mut *change);
         change(&mut self.lease_scan);
-        [&mut self.takeover_until, &mut self.blind_until].into_iter().filter(|at| **at > self.now).for_each(&mut *change);
+        [&mut self.takeover_until, &mut self.blind_until]
+            .into_iter()
+            .filter(|at| **at > self.now)
+            .for_each(&mut *change);
         match &mut self.phase {
             Phase::Forming(forming) => forming.settling.values_mut().for_each(change),
             Phase::Establishing(establishing) => establishing.each_deadline(change),
@@ -446,7 +449,9 @@ impl Job {
         if generation != self.record.generation || !self.is_seated(member) {
             return;
         }
-        let Some(world) = self.record.world.as_ref().filter(|world| world.generation == generation) else { return };
+        let Some(world) = self.record.world.as_ref().filter(|world| world.generation == generation) else {
+            return;
+        };
         let accused: Vec<MemberId> = suspects
             .iter()
             .filter_map(|rank| world.member_at(*rank))

@@ -1,7 +1,7 @@
 //! What operators ask for. Every request is answered once what it changed is saved (rule M-5), and a repeated one is
 //! answered again (rule M-10).
 
-use super::{Job, Out, Phase, Stream};
+use super::{Job, Out, Phase};
 use crate::event::{Answer, Effect, Message, Operation, Request};
 use crate::ids::{MemberId, MemberName};
 use crate::reason::{Closure, Departure, Drain};
@@ -24,7 +24,8 @@ impl Job {
             (_, Operation::Undrain { name }) => self.with_member(name, |job, member| {
                 if job.record.drains.remove(&member).is_some() {
                     out.save();
-                    job.review(false, out);
+                    job.try_form(out);
+                    job.review(true, out);
                 }
             }),
             (_, Operation::Evict { name }) => self.with_member(name, |job, member| {
@@ -35,9 +36,7 @@ impl Job {
             (_, Operation::Resize { min, max }) => self.resize(min, max, out),
             (Phase::Running(_), Operation::SaveNow) => {
                 let generation = self.record.generation;
-                let reachable =
-                    |member: &MemberId| self.members.get(member).is_some_and(|m| m.stream == Stream::Up);
-                for member in self.seated().filter(reachable).take(3) {
+                for member in self.seated().filter(|member| self.is_reachable(*member)).take(3) {
                     out.tell(member, Message::SaveNow { generation });
                 }
                 Answer::Done

@@ -3,19 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::running::Running;
-use super::{Job, Out, Phase, Stream};
+use super::{Job, Out, Phase};
 use crate::event::Message;
 use crate::holding::{Decision, Holding, Moved, Moves, Plan, Resume, Shards, Source};
-use crate::ids::{Generation, MemberId, Timestamp};
+use crate::ids::{Generation, Lineage, MemberId, Step, Timestamp};
 use crate::reason::{Cause, Departure, Note};
 use crate::record::Stage;
-use crate::spec::Timing;
-use crate::world::Peer;
 
 /// Every member has answered; some move state before the barrier opens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Restoring {
-    resume: Resume,
+    pub(super) resume: Resume,
     source: Source,
     attempt: u32,
     /// Who still has to move what.
@@ -23,7 +21,6 @@ pub(crate) struct Restoring {
     /// Who could not load the checkpoint and waits for somebody who could.
     failed: BTreeSet<MemberId>,
     held: BTreeMap<MemberId, Holding>,
-    pub(super) leaving: Vec<(Peer, Holding)>,
     pub(super) deadline: Timestamp,
 }
 
@@ -31,19 +28,17 @@ impl Restoring {
     pub(super) fn new(
         decision: Decision,
         held: BTreeMap<MemberId, Holding>,
-        leaving: Vec<(Peer, Holding)>,
-        now: Timestamp,
-        timing: &Timing,
+        attempt: u32,
+        deadline: Timestamp,
     ) -> Restoring {
         Restoring {
             resume: decision.resume,
             source: decision.source,
-            attempt: 1,
+            attempt,
             pending: decision.moves,
             failed: BTreeSet::new(),
             held,
-            leaving,
-            deadline: now.after(timing.restore),
+            deadline,
         }
     }
 
@@ -58,7 +53,7 @@ impl Restoring {
         })
     }
 
-    pub(super) fn tell_plans(&self, generation: Generation, out: &mut Out) {
+    fn tell_plans(&self, generation: Generation, out: &mut Out) {
         for member in self.pending.keys() {
             if let Some(plan) = self.plan_of(*member, generation) {
                 out.tell(*member, Message::Plan(plan));
@@ -68,6 +63,12 @@ impl Restoring {
 }
 
 impl Job {
+    /// Some members have to move state before the world can run.
+    pub(super) fn begin_restore(&mut self, restoring: Restoring, out: &mut Out) {
+        restoring.tell_plans(self.record.generation, out);
+        self.phase = Phase::Restoring(restoring);
+    }
+
     pub(super) fn restored(
         &mut self,
         member: MemberId,
@@ -114,7 +115,7 @@ impl Job {
         if let Phase::Restoring(restoring) = &self.phase
             && restoring.pending.is_empty()
         {
-            self.go(restoring.resume, restoring.source, out);
+            self.go(restoring.resume.step, restoring.source, out);
         }
     }
 
@@ -131,42 +132,52 @@ impl Job {
         }
         self.extend_lease(member);
         let Some(restoring) = self.restoring(generation, attempt) else { return };
-        if !restoring.pending.contains_key(&member) {
-            return;
-        }
+        let Some(moves) = restoring.pending.get(&member) else { return };
+        let loads = moves.load.is_some();
         // What it had is torn by now.
         restoring.held.insert(member, Holding::Nothing);
         match (culprit, restoring.source) {
             (Some(culprit), _) => {
                 out.note(Note::BadSource { member: culprit, noticed_by: member });
-                self.distrusted.insert(culprit);
+                self.doubt(culprit);
                 self.replan(out);
             }
-            (None, Source::Checkpoint { step }) => {
+            (None, Source::Checkpoint { step }) if loads => {
                 out.note(Note::BadCheckpoint { step, noticed_by: member });
                 restoring.failed.insert(member);
                 self.help_failed(out);
             }
             // Nothing but other members' memory was in its plan: it fails on its own account.
-            (None, Source::Memory | Source::AbandonedMemory | Source::Initial) => {
+            (None, _) => {
                 self.lose(member, Departure::Unrestored, out);
                 self.after_loss(out);
             }
         }
     }
 
+    /// A source did not deliver, so another one is used. If there is none as good, steps would be lost over what may be
+    /// a fault of the network or of the receiver: then it gets a second chance.
+    fn doubt(&mut self, culprit: MemberId) {
+        let Phase::Restoring(restoring) = &self.phase else { return };
+        let resume = restoring.resume;
+        let held = restoring.held_for_sure();
+        self.distrusted.insert(culprit);
+        let as_good = self.decide(&held).is_some_and(|decision| decision.resume == resume);
+        if !as_good && self.doubted.insert(culprit) {
+            self.distrusted.remove(&culprit);
+        }
+    }
+
     /// A member that cannot load the checkpoint fetches from one that could; if nobody could, the checkpoint is bad.
     fn help_failed(&mut self, out: &mut Out) {
         let Phase::Restoring(restoring) = &self.phase else { return };
-        if restoring.failed.is_empty() {
+        if restoring.failed.is_empty() || restoring.pending.len() > restoring.failed.len() {
             return;
         }
-        let Source::Checkpoint { .. } = restoring.source else { return };
-        if restoring.pending.len() > restoring.failed.len() {
-            return;
-        }
-        let loaded = restoring.held.values().any(|holding| is_at(holding, restoring.resume));
-        if !loaded {
+        let could = |(member, holding): (&MemberId, &Holding)| {
+            is_at(holding, restoring.resume) && !self.distrusted.contains(member)
+        };
+        if !restoring.held.iter().any(could) {
             let load = restoring.pending.values().find_map(|moves| moves.load.as_ref());
             self.unreadable.extend(load.map(|load| load.commit.key()));
         }
@@ -176,12 +187,10 @@ impl Job {
     /// Decides anew with what has been learned. Members that already have the state that comes out keep it.
     fn replan(&mut self, out: &mut Out) {
         let Phase::Restoring(restoring) = &self.phase else { return };
-        let (mut held, leaving) = (restoring.held.clone(), restoring.leaving.clone());
-        // Whoever was told to move something may have done half of it.
-        held.extend(restoring.pending.keys().map(|member| (*member, Holding::Nothing)));
-        let (old, attempt, deadline) = (restoring.resume, restoring.attempt, restoring.deadline);
-        let old_source = restoring.source;
-        let Some(mut decision) = self.decide(&held, &leaving) else {
+        let held = restoring.held_for_sure();
+        let (old, old_source) = (restoring.resume, restoring.source);
+        let (attempt, deadline) = (restoring.attempt + 1, restoring.deadline);
+        let Some(mut decision) = self.decide(&held) else {
             return self.unrestorable(out);
         };
         if matches!(old_source, Source::Initial) && matches!(decision.source, Source::Initial) {
@@ -192,63 +201,69 @@ impl Job {
         if decision.resume == old {
             decision.source = old_source;
         }
-        let mut restoring = Restoring::new(decision, held, leaving, self.now, &self.timing);
-        restoring.attempt = attempt + 1;
-        restoring.deadline = deadline;
-        restoring.tell_plans(self.record.generation, out);
-        self.phase = Phase::Restoring(restoring);
+        self.begin_restore(Restoring::new(decision, held, attempt, deadline), out);
         self.go_if_restored(out);
     }
 
-    /// The barrier opens.
-    pub(super) fn go(&mut self, resume: Resume, source: Source, out: &mut Out) {
+    /// The barrier opens. From here on the state goes by the name of the world that runs from it (rule M-15).
+    pub(super) fn go(&mut self, step: Step, source: Source, out: &mut Out) {
         let generation = self.record.generation;
-        let lost = match source {
-            Source::Memory => self.top_step.0.saturating_sub(resume.step.0),
-            Source::Checkpoint { .. } | Source::AbandonedMemory | Source::Initial => {
-                // The commits of the branch that is given up must not be taken for this one's.
-                self.record.commits.retain(|commit| commit.step <= resume.step);
-                self.drop_saving(out);
-                self.top_step.0.saturating_sub(resume.step.0)
-            }
-        };
-        self.top_step = resume.step;
+        let resume = Resume { lineage: Lineage(generation.0), step };
+        // What was made beyond the state that is gone back to must not be taken for this branch's.
+        self.record.commits.retain(|commit| commit.step <= step);
+        if self.saving.as_ref().is_some_and(|saving| saving.step > step) {
+            self.drop_saving(out);
+        }
         if let Some(change) = self.record.changes.back_mut() {
             change.restored = Some(self.now);
             change.resume = Some(resume);
             change.source = Some(source);
-            change.steps_lost = lost;
+            change.steps_lost = self.top_step.0.saturating_sub(step.0);
         }
+        self.top_step = step;
         self.record.stage = Stage::Running;
         self.record.resume = resume;
         self.record.source = Some(source);
+        self.rested.retain(|member, _| !self.distrusted.contains(member));
         self.distrusted.clear();
+        self.doubted.clear();
         self.unreadable.clear();
         out.save();
         out.note(Note::Running { generation, resume });
         for member in self.seated() {
             out.tell(member, Message::Go { generation, resume });
         }
-        self.phase = Phase::Running(Running::new(self.now));
+        self.phase = Phase::Running(Running::new());
         self.release_drained(out);
+        self.forget_drains_of_strangers();
         self.review(true, out);
     }
 
-    /// Members that leave have served as sources for as long as that could help.
+    /// Lets members go that leave and have no place: once a world runs, or if they have nothing that could help it.
     pub(super) fn release_drained(&mut self, out: &mut Out) {
-        let drained: Vec<MemberId> = self
-            .record
-            .drains
-            .keys()
-            .filter(|member| self.members.get(member).is_some_and(|m| m.seat.is_none()))
-            .copied()
-            .collect();
+        let drained: Vec<MemberId> = self.record.drains.keys().copied().collect();
         for member in drained {
-            let reachable = self.members.get(&member).is_some_and(|m| m.stream == Stream::Up);
-            if reachable {
-                out.save();
-                self.lose(member, Departure::Drained, out);
-            }
+            self.release_if_drained(member, out);
+        }
+    }
+
+    pub(super) fn release_if_drained(&mut self, member: MemberId, out: &mut Out) {
+        if !self.record.drains.contains_key(&member) || self.is_seated(member) || !self.is_reachable(member) {
+            return;
+        }
+        let runs = matches!(self.phase, Phase::Running(_));
+        let serves = matches!(self.rested.get(&member), Some(Holding::State { .. }));
+        if runs || !(serves || self.unheard.contains_key(&member)) {
+            out.save();
+            self.lose(member, Departure::Drained, out);
+        }
+    }
+
+    /// Drains of members that did not come back after a start of the coordinator must not stay for ever.
+    fn forget_drains_of_strangers(&mut self) {
+        if self.now >= self.takeover_until {
+            let members = &self.members;
+            self.record.drains.retain(|member, _| members.contains_key(member));
         }
     }
 
@@ -257,11 +272,21 @@ impl Job {
         if self.now < restoring.deadline {
             return;
         }
-        let late: Vec<MemberId> = restoring.pending.keys().copied().collect();
-        for member in late {
+        // Who has said that it cannot load the checkpoint waits for the others, too.
+        let late = restoring.pending.keys().filter(|member| !restoring.failed.contains(member));
+        for member in late.copied().collect::<Vec<_>>() {
             self.lose(member, Departure::Unrestored, out);
         }
         self.after_loss(out);
+    }
+}
+
+impl Restoring {
+    /// What members hold whatever has become of the moves that are under way: those may be half done.
+    fn held_for_sure(&self) -> BTreeMap<MemberId, Holding> {
+        let mut held = self.held.clone();
+        held.extend(self.pending.keys().map(|member| (*member, Holding::Nothing)));
+        held
     }
 }
 

@@ -3,17 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{Job, Out, Phase, Stream};
+use super::{Job, Out, Phase};
 use crate::event::Message;
 use crate::holding::Holding;
 use crate::ids::{Generation, MemberId, Step, Timestamp};
 use crate::reason::{Closure, Departure, Waiting};
-use crate::world::{Peer, select};
+use crate::spec::Timing;
+use crate::world::select;
 
 /// The barrier is open; the coordinator hears nothing of the steps.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Running {
-    pub(super) since: Timestamp,
     pub(super) change: Option<Change>,
     finished: BTreeSet<MemberId>,
 }
@@ -21,17 +21,29 @@ pub(crate) struct Running {
 /// A planned change: a join, a notice, a drain, new bounds, the end of the job; or several of them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Change {
-    first: Timestamp,
-    last: Timestamp,
+    pub(super) first: Timestamp,
+    pub(super) last: Timestamp,
     /// When the boundary is asked for.
-    due: Timestamp,
+    pub(super) when: When,
     asked: bool,
     /// Whom it was asked of. One would do, for the control word carries the wish round the ring; a few more cover a
     /// stream that is dead without anybody knowing.
     asked_of: BTreeSet<MemberId>,
     arrived: BTreeMap<MemberId, Holding>,
     /// Set by the first arrival: the others have finished the same collective.
-    overdue: Option<Timestamp>,
+    pub(super) overdue: Option<Timestamp>,
+}
+
+/// When a boundary is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum When {
+    /// When no other change has come up for a while, or at the latest then.
+    Quiet {
+        /// The latest instant.
+        at_most: Timestamp,
+    },
+    /// At that instant, whatever else comes up.
+    At(Timestamp),
 }
 
 /// Of how many members a boundary is asked.
@@ -42,13 +54,8 @@ const ASKED_MAX: usize = 3;
 const LAST_MOMENT: Duration = Duration::from_secs(10);
 
 impl Running {
-    pub(super) fn new(now: Timestamp) -> Running {
-        Running { since: now, change: None, finished: BTreeSet::new() }
-    }
-
-    /// The phase of a job whose record says that a world runs.
-    pub(super) fn resumed(now: Timestamp) -> Running {
-        Running::new(now)
+    pub(super) fn new() -> Running {
+        Running { change: None, finished: BTreeSet::new() }
     }
 
     /// Whether a boundary has been asked for.
@@ -60,9 +67,49 @@ impl Running {
         self.change.as_ref().is_some_and(|change| change.asked_of.contains(&member))
     }
 
-    pub(super) fn deadline(&self) -> Option<Timestamp> {
+    /// Whether members stand at the boundary and wait for the others.
+    pub(super) fn stopping(&self) -> bool {
+        self.change.as_ref().is_some_and(|change| change.overdue.is_some())
+    }
+
+    pub(super) fn deadline(&self, timing: &Timing) -> Option<Timestamp> {
         let change = self.change.as_ref()?;
-        if change.asked { change.overdue } else { Some(change.due) }
+        if change.asked { change.overdue } else { Some(change.due(timing)) }
+    }
+
+    pub(super) fn each_deadline(&mut self, visit: &mut dyn FnMut(&mut Timestamp)) {
+        self.change.iter_mut().flat_map(|change| &mut change.overdue).for_each(visit);
+    }
+}
+
+impl When {
+    #[cfg(test)]
+    pub(super) fn map(self, change: impl FnOnce(Timestamp) -> Timestamp) -> When {
+        match self {
+            When::Quiet { at_most } => When::Quiet { at_most: change(at_most) },
+            When::At(at) => When::At(change(at)),
+        }
+    }
+}
+
+impl Change {
+    fn new(first: Timestamp, last: Timestamp, when: When) -> Change {
+        Change {
+            first,
+            last,
+            when,
+            asked: false,
+            asked_of: BTreeSet::new(),
+            arrived: BTreeMap::new(),
+            overdue: None,
+        }
+    }
+
+    fn due(&self, timing: &Timing) -> Timestamp {
+        match self.when {
+            When::Quiet { at_most } => self.last.after(timing.merge_quiet).min(at_most),
+            When::At(at) => at,
+        }
     }
 }
 
@@ -80,40 +127,51 @@ impl Job {
             Some(change) if !more => change.last,
             Some(_) | None => now,
         };
-        let due = self.change_due(first, last);
+        let when = self.change_when(first);
         let Phase::Running(running) = &mut self.phase else { return };
-        running.change = due.map(|due| Change {
-            first,
-            last,
-            due,
-            asked: false,
-            asked_of: BTreeSet::new(),
-            arrived: BTreeMap::new(),
-            overdue: None,
-        });
+        running.change = when.map(|when| Change::new(first, last, when));
         self.running_due(out);
     }
 
-    /// When the world is to be asked to stop for what has come up, if for anything.
-    fn change_due(&self, first: Timestamp, last: Timestamp) -> Option<Timestamp> {
-        let merged = last.after(self.timing.merge_quiet).min(first.after(self.timing.merge_max));
-        if self.record.closing {
-            return Some(first);
+    /// A member that is not in the world has come. Joiners come by the thousand: a pass over all members only if this
+    /// one may make a difference (rule M-12).
+    pub(super) fn consider_spare(&mut self, member: MemberId, is_new: bool, out: &mut Out) {
+        let Phase::Running(running) = &mut self.phase else { return };
+        let slots = self.members.get(&member).map_or(0, |m| m.slots);
+        let fits = slots <= self.record.spec.max.saturating_sub(self.roster.size.0);
+        match &mut running.change {
+            None if !fits => {}
+            Some(Change { when: When::Quiet { .. }, last, .. }) => {
+                if is_new && fits {
+                    *last = self.now;
+                }
+            }
+            Some(Change { when: When::At(_), .. }) | None => self.review(is_new, out),
         }
+    }
+
+    /// When the world is to be asked to stop for what has come up, if for anything.
+    fn change_when(&self, first: Timestamp) -> Option<When> {
+        if self.record.closing {
+            return Some(When::At(first));
+        }
+        let merged = first.after(self.timing.merge_max);
         let leaving = || self.seated().filter_map(|member| self.record.drains.get(&member));
         let deadline = leaving().filter_map(|drain| drain.deadline).min();
         match select(&self.record.spec, &self.candidates()) {
             Ok(chosen) => {
                 let changed = !chosen.into_iter().eq(self.seated());
-                let half_way = deadline.map(|at| first.after(at.since(first) / 2));
-                changed.then(|| half_way.map_or(merged, |at| at.min(merged)))
+                let half_way = deadline.map_or(merged, |at| first.after(at.since(first) / 2));
+                changed.then(|| When::Quiet { at_most: merged.min(half_way) })
             }
             // Without those who leave there is no world. An operator gets what they asked for; a notice is made use of
             // to the last moment, for a replacement may still come.
-            Err(_) if leaving().any(|drain| drain.deadline.is_none()) => Some(merged),
+            Err(_) if leaving().any(|drain| drain.deadline.is_none()) => {
+                Some(When::Quiet { at_most: merged })
+            }
             Err(_) => deadline.map(|at| {
                 let left = at.since(first);
-                first.after(left - LAST_MOMENT.min(left / 4))
+                When::At(first.after(left - LAST_MOMENT.min(left / 4)))
             }),
         }
     }
@@ -122,7 +180,7 @@ impl Job {
         let Phase::Running(running) = &mut self.phase else { return };
         let Some(change) = &mut running.change else { return };
         if !change.asked {
-            if change.due <= self.now {
+            if change.due(&self.timing) <= self.now {
                 change.asked = true;
                 self.ask_boundary(out);
             }
@@ -140,11 +198,8 @@ impl Job {
     /// Asks a few members that can be reached; one of them is enough.
     pub(super) fn ask_boundary(&mut self, out: &mut Out) {
         let generation = self.record.generation;
-        let reachable: BTreeSet<MemberId> = self
-            .seated()
-            .filter(|member| self.members.get(member).is_some_and(|m| m.stream == Stream::Up))
-            .take(ASKED_MAX)
-            .collect();
+        let reachable: BTreeSet<MemberId> =
+            self.seated().filter(|member| self.is_reachable(*member)).take(ASKED_MAX).collect();
         let Phase::Running(running) = &mut self.phase else { return };
         let Some(change) = &mut running.change else { return };
         for member in &reachable {
@@ -165,40 +220,27 @@ impl Job {
             return self.refuse_stranger(member, out);
         }
         self.extend_lease(member);
-        if generation != self.record.generation || !self.is_seated(member) {
+        if !self.is_seated(member) || matches!(self.phase, Phase::Forming(_)) {
+            return self.rests(member, holding, out);
+        }
+        if generation != self.record.generation {
             return;
         }
-        let now = self.now;
-        let overdue = now.after(self.timing.busy);
+        let (now, overdue, seats) = (self.now, self.now.after(self.timing.busy), self.seats());
         let Phase::Running(running) = &mut self.phase else { return };
         // A coordinator that was restarted may have forgotten what it asked for; the members have stopped all the same.
-        let change = running.change.get_or_insert_with(|| Change {
-            first: now,
-            last: now,
-            due: now,
-            asked: true,
-            asked_of: BTreeSet::new(),
-            arrived: BTreeMap::new(),
-            overdue: None,
-        });
+        let change = running.change.get_or_insert_with(|| Change::new(now, now, When::At(now)));
         change.asked = true;
+        let is_first = change.overdue.is_none();
         change.overdue.get_or_insert(overdue);
         change.arrived.insert(member, holding);
-        let seats = self.record.world.as_ref().map_or(0, |world| world.seats.len());
-        if change.arrived.len() < seats {
-            return;
+        if change.arrived.len() == seats {
+            let (learned, arrived) = (change.first, std::mem::take(&mut change.arrived));
+            self.form_at_boundary(learned, arrived, out);
+        } else if is_first {
+            // From now on everybody waits for everybody.
+            self.shorten_leases_adrift();
         }
-        let learned = change.first;
-        let arrived = std::mem::take(&mut change.arrived);
-        let leaving = arrived
-            .into_iter()
-            .filter(|(member, _)| self.record.drains.contains_key(member))
-            .filter_map(|(member, holding)| {
-                let address = self.members.get(&member)?.address.clone();
-                Some((Peer::outside(member, address), holding))
-            })
-            .collect();
-        self.form_at_boundary(learned, leaving, out);
     }
 
     pub(super) fn first_step(&mut self, member: MemberId, generation: Generation, step: Step, out: &mut Out) {
@@ -226,7 +268,7 @@ impl Job {
         if generation != self.record.generation || !self.is_seated(member) {
             return;
         }
-        let seats = self.record.world.as_ref().map_or(0, |world| world.seats.len());
+        let seats = self.seats();
         let Phase::Running(running) = &mut self.phase else { return };
         running.finished.insert(member);
         if running.finished.len() == seats {
@@ -246,7 +288,7 @@ impl Job {
             Some(change) if change.asked => Waiting::Boundary {
                 missing: self.seated_except(|member| change.arrived.contains_key(&member)),
             },
-            Some(change) => Waiting::Merge { left: change.due.since(self.now) },
+            Some(change) => Waiting::Merge { left: change.due(&self.timing).since(self.now) },
         }
     }
 }

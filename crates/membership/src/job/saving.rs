@@ -3,10 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Job, Out, Phase, Stream};
+use super::{Job, Out, Phase};
 use crate::event::Message;
 use crate::holding::ShardReport;
-use crate::ids::{Digest, Generation, Lineage, MemberId, Step};
+use crate::ids::{Digest, Generation, MemberId, Step};
 use crate::reason::{Cause, Note};
 use crate::record::Commit;
 
@@ -14,10 +14,11 @@ use crate::record::Commit;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Saving {
     generation: Generation,
-    step: Step,
-    lineage: Lineage,
+    pub(super) step: Step,
     /// The members of the world that makes it, in rank order.
     seats: Vec<MemberId>,
+    /// Those of them that have not reported.
+    missing: BTreeSet<MemberId>,
     reports: BTreeMap<MemberId, ShardReport>,
     /// Who was asked to write the manifest.
     publisher: Option<MemberId>,
@@ -48,18 +49,18 @@ impl Job {
             self.saving = Some(Saving {
                 generation,
                 step,
-                lineage: self.record.resume.lineage,
                 seats: self.seated().collect(),
+                missing: self.seated().collect(),
                 reports: BTreeMap::new(),
                 publisher: None,
             });
         }
         let Some(saving) = &mut self.saving else { return };
-        if !saving.seats.contains(&member) {
+        if !saving.missing.remove(&member) {
             return;
         }
         saving.reports.insert(member, report);
-        if saving.reports.len() == saving.seats.len() {
+        if saving.missing.is_empty() {
             self.compare(out);
         }
     }
@@ -101,7 +102,8 @@ impl Job {
         } else {
             self.distrusted.extend(minority);
         }
-        if matches!(self.phase, Phase::Running(_)) {
+        // A world that restores may have chosen a wrong source; one that has not begun to will choose a right one.
+        if matches!(self.phase, Phase::Running(_) | Phase::Restoring(_)) {
             self.break_world(Cause::Diverged, out);
             self.try_form(out);
         }
@@ -109,10 +111,11 @@ impl Job {
 
     /// Asks the lowest rank that can be reached to write the manifest.
     fn ask_publish(&mut self, out: &mut Out) {
+        let Some(saving) = &self.saving else { return };
+        let publisher = saving.seats.iter().copied().find(|member| self.is_reachable(*member));
         let Some(saving) = &mut self.saving else { return };
-        let reachable = |member: &&MemberId| self.members.get(member).is_some_and(|m| m.stream == Stream::Up);
-        saving.publisher = saving.seats.iter().find(reachable).copied();
-        if let Some(publisher) = saving.publisher {
+        saving.publisher = publisher;
+        if let Some(publisher) = publisher {
             let message = publish(saving);
             out.tell(publisher, message);
         }
@@ -120,7 +123,7 @@ impl Job {
 
     pub(super) fn retell_publish(&mut self, member: MemberId, out: &mut Out) {
         let Some(saving) = &self.saving else { return };
-        if saving.reports.len() < saving.seats.len() {
+        if !saving.missing.is_empty() {
             return;
         }
         if saving.publisher == Some(member) {
@@ -147,7 +150,7 @@ impl Job {
         }
         let Some(saving) = &self.saving else { return };
         let expected = (saving.generation, saving.step, saving.publisher) == (generation, step, Some(member));
-        if !expected || saving.reports.len() < saving.seats.len() {
+        if !expected || !saving.missing.is_empty() {
             return;
         }
         let shards = saving.seats.len() as u32;
@@ -159,6 +162,17 @@ impl Job {
         out.note(Note::Committed { step, manifest });
         for member in self.seated().filter(|member| self.members.contains_key(member)) {
             out.tell(member, Message::Committed { kept: self.record.commits.clone() });
+        }
+        self.restore_from_newer(step, out);
+    }
+
+    /// A world that is being brought to an older state than the one that has just been committed starts over.
+    fn restore_from_newer(&mut self, committed: Step, out: &mut Out) {
+        if let Phase::Restoring(restoring) = &self.phase
+            && restoring.resume.step < committed
+        {
+            self.break_world(Cause::Unrestored, out);
+            self.try_form(out);
         }
     }
 
@@ -187,7 +201,7 @@ impl Job {
     /// A member is gone: what it has not reported will never come; what it was to publish another one publishes.
     pub(super) fn saving_lost(&mut self, member: MemberId, out: &mut Out) {
         let Some(saving) = &self.saving else { return };
-        if saving.seats.contains(&member) && !saving.reports.contains_key(&member) {
+        if saving.missing.contains(&member) {
             self.drop_saving(out);
         } else if saving.publisher == Some(member) {
             self.ask_publish(out);

@@ -1,0 +1,92 @@
+//! Commands that change something. Each says what it will do, and to whom, before it does it.
+
+use reknit_proto::v1;
+
+use crate::args::{Connection, Job, Member, Notice, Resize};
+use crate::failure::Failure;
+use crate::print;
+
+fn done(connection: &Connection) -> Result<(), Failure> {
+    if connection.json {
+        print::json(&serde_json::json!({ "done": true }))?;
+    } else {
+        print::talk(format_args!("done"));
+    }
+    Ok(())
+}
+
+fn member_request(member: &Member) -> v1::MemberRequest {
+    v1::MemberRequest { job: member.job.clone(), member: member.member.clone() }
+}
+
+fn job_request(job: &Job) -> v1::JobRequest {
+    v1::JobRequest { job: job.job.clone() }
+}
+
+pub(crate) fn drain(member: &Member) -> Result<(), Failure> {
+    let connection = &member.connection;
+    print::talk(format_args!(
+        "{} leaves {} at the next step boundary; the others go on without it",
+        member.member, member.job
+    ));
+    connection.operate(async |client| client.drain(member_request(member)).await)?;
+    done(connection)
+}
+
+pub(crate) fn undrain(member: &Member) -> Result<(), Failure> {
+    let connection = &member.connection;
+    print::talk(format_args!("{} stays in {}", member.member, member.job));
+    connection.operate(async |client| client.undrain(member_request(member)).await)?;
+    done(connection)
+}
+
+pub(crate) fn evict(member: &Member) -> Result<(), Failure> {
+    let connection = &member.connection;
+    print::talk(format_args!(
+        "{} is taken out of {} now; the step that is under way is done again without it",
+        member.member, member.job
+    ));
+    connection.operate(async |client| client.evict(member_request(member)).await)?;
+    done(connection)
+}
+
+pub(crate) fn notice(notice: &Notice) -> Result<(), Failure> {
+    let connection = &notice.connection;
+    print::talk(format_args!(
+        "{} will be gone from {} in {:?}; it leaves at a step boundary before that",
+        notice.member, notice.job, notice.left
+    ));
+    let left_ms = u64::try_from(notice.left.as_millis()).unwrap_or(u64::MAX);
+    let request = v1::NoticeRequest { job: notice.job.clone(), member: notice.member.clone(), left_ms };
+    connection.operate(async |client| client.notice(request).await)?;
+    done(connection)
+}
+
+pub(crate) fn resize(resize: &Resize) -> Result<(), Failure> {
+    let connection = &resize.connection;
+    print::talk(format_args!("{} has {} to {} ranks from now on", resize.job, resize.min, resize.max));
+    let request = v1::ResizeRequest { job: resize.job.clone(), min: resize.min, max: resize.max };
+    connection.operate(async |client| client.resize(request).await)?;
+    done(connection)
+}
+
+pub(crate) fn save(job: &Job) -> Result<(), Failure> {
+    let connection = &job.connection;
+    print::talk(format_args!("{} makes a checkpoint at the next step boundary", job.job));
+    connection.operate(async |client| client.save_now(job_request(job)).await)?;
+    done(connection)
+}
+
+pub(crate) fn close(job: &Job) -> Result<(), Failure> {
+    let connection = &job.connection;
+    print::talk(format_args!("{} ends at the next step boundary, for all its members", job.job));
+    connection.operate(async |client| client.close(job_request(job)).await)?;
+    done(connection)
+}
+
+pub(crate) fn forget(job: &Job) -> Result<(), Failure> {
+    let connection = &job.connection;
+    print::talk(format_args!("the record of {} is deleted; its checkpoints' files stay", job.job));
+    connection.operate(async |client| client.forget(job_request(job)).await)?;
+    done(connection)
+}

@@ -1,0 +1,229 @@
+//! What can be typed: every command, flag and environment variable is declared here, with its doc and default.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+/// Keeps distributed training jobs going on machines that come and go
+///
+/// Exit codes: 0 done · 1 it failed · 2 the command line is wrong · 3 no coordinator answers · 4 there is no such job or
+/// member · 5 the job is not in a state in which this can be done · 6 the port or the store is in use.
+#[derive(Debug, Parser)]
+#[command(name = "reknit", version, arg_required_else_help = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command has that talks to a coordinator.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Connection {
+    /// The coordinator to talk to; several separated by commas are tried in turn
+    #[arg(long, env = "REKNIT_COORDINATOR", default_value = "http://127.0.0.1:7070")]
+    pub(crate) coordinator: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a coordinator
+    Serve(Serve),
+    /// Show it all: a training run on this machine that lives through everything a spot fleet does
+    Demo(Demo),
+    /// Show all jobs, or one: who is in, in which order, at which step, and what it waits for
+    Status(Status),
+    /// Show a job's status again and again, whenever it changes
+    Watch(Watch),
+    /// Show each generation of a job's world: its cause and its times
+    History(Job),
+    /// Show a job's committed checkpoints, or verify what lies in a directory
+    Checkpoints(Checkpoints),
+    /// Take a member out at the next step boundary
+    Drain(Member),
+    /// Take back a drain or a notice
+    Undrain(Member),
+    /// Take a member out now
+    Evict(Member),
+    /// Say that the cloud will take a member's machine
+    Notice(Notice),
+    /// Change how many ranks a job's world has at least and at most
+    Resize(Resize),
+    /// Ask for a checkpoint at the next step boundary
+    Save(Job),
+    /// End a job at the next step boundary
+    Close(Job),
+    /// Delete the record of a job that has ended, so that its id can be used again
+    Forget(Job),
+    /// Print a completion script for a shell
+    Completions(Completions),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Serve {
+    /// Where to listen
+    #[arg(long, env = "REKNIT_LISTEN", default_value = "127.0.0.1:7070")]
+    pub(crate) listen: SocketAddr,
+    /// Where to keep the jobs' records: a directory, or `memory`
+    #[arg(long, env = "REKNIT_STORE", default_value = "reknit-data")]
+    pub(crate) store: String,
+    /// How long a silent member may live; every other wait follows from it
+    #[arg(long, env = "REKNIT_SILENCE", default_value = "3s", value_parser = duration)]
+    pub(crate) silence: Duration,
+    /// Listen on an address that other machines can reach although there is neither TLS nor a token
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// Print what the flags and the environment come to, and stop
+    #[arg(long)]
+    pub(crate) print_config: bool,
+    /// Print the address it listens on to standard output once it does
+    #[arg(long)]
+    pub(crate) announce: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Demo {
+    /// How many steps to train
+    #[arg(long, default_value_t = 1200)]
+    pub(crate) steps: u64,
+    /// The least time a step takes while the fleet is disturbed, in milliseconds: so that there are steps to disturb
+    #[arg(long, default_value_t = 20)]
+    pub(crate) step_ms: u64,
+    /// Where the report goes [default: reknit-demo.html]
+    #[arg(long)]
+    pub(crate) report: Option<PathBuf>,
+    /// Write the outcome to this file, as JSON
+    #[arg(long = "json", value_name = "FILE")]
+    pub(crate) to: Option<PathBuf>,
+    /// Keep logs, checkpoints and evidence in this directory
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+    /// The training program [default: reknit-digits beside this program]
+    #[arg(long)]
+    pub(crate) worker: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Status {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    /// The job; without it, all jobs in a line each
+    pub(crate) job: Option<String>,
+    /// How many members to list at most
+    #[arg(long, default_value_t = 100)]
+    pub(crate) members: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Watch {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    /// The job
+    pub(crate) job: String,
+    /// How many members to list at most
+    #[arg(long, default_value_t = 20)]
+    pub(crate) members: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Job {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    /// The job
+    pub(crate) job: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Checkpoints {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    /// The job
+    #[arg(required_unless_present = "dir")]
+    pub(crate) job: Option<String>,
+    /// Look at the files in this directory instead of asking the coordinator
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Member {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    /// The job
+    pub(crate) job: String,
+    /// The member's name
+    pub(crate) member: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Notice {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    /// The job
+    pub(crate) job: String,
+    /// The member's name
+    pub(crate) member: String,
+    /// How long its machine can still be expected to live
+    #[arg(long = "in", default_value = "120s", value_parser = duration)]
+    pub(crate) left: Duration,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Resize {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    /// The job
+    pub(crate) job: String,
+    /// The fewest ranks
+    #[arg(long)]
+    pub(crate) min: u32,
+    /// The most ranks
+    #[arg(long)]
+    pub(crate) max: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Completions {
+    /// The shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// A duration as people write it: `250ms`, `3s`, `2m`, `1h`; a bare number is seconds.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| format!("{text:?} is no duration; write 250ms, 3s, 2m or 1h"))?;
+    let seconds = match unit {
+        "ms" => number / 1000.0,
+        "" | "s" => number,
+        "m" => number * 60.0,
+        "h" => number * 3600.0,
+        _ => return Err(format!("{unit:?} is no unit of time; write ms, s, m or h")),
+    };
+    Duration::try_from_secs_f64(seconds).map_err(|_| format!("{text:?} is too long"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory as _;
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_read_as_people_write_them() {
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
+        assert_eq!(duration("2"), Ok(Duration::from_secs(2)));
+        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        assert!(duration("x").is_err());
+        assert!(duration("3 days").is_err());
+        assert!(duration("99999999999999999999h").is_err());
+    }
+}

@@ -1,0 +1,71 @@
+//! Talking to a coordinator.
+
+use std::time::Duration;
+
+use reknit_proto::v1::inspect_client::InspectClient;
+use reknit_proto::v1::operate_client::OperateClient;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::args::Connection;
+use crate::failure::{self, Failure, Kind};
+
+/// How long one attempt may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl Connection {
+    /// Runs `talk` on an event loop of its own, with a connection to the first coordinator that answers.
+    pub(crate) fn run<T>(&self, talk: impl AsyncFnOnce(Channel) -> Result<T, Failure>) -> Result<T, Failure> {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?
+            .block_on(async { talk(self.connect().await?).await })
+    }
+
+    async fn connect(&self) -> Result<Channel, Failure> {
+        let mut last = anyhow::anyhow!("no address was given");
+        for coordinator in self.coordinator.split(',').map(str::trim) {
+            let endpoint = Endpoint::from_shared(coordinator.to_owned()).map_err(|why| {
+                let error = anyhow::Error::from(why).context(format!("{coordinator:?} is no address"));
+                Failure::new(Kind::Usage, error, "an address looks like http://HOST:PORT")
+            })?;
+            match endpoint.connect_timeout(PATIENCE).connect().await {
+                Ok(channel) => return Ok(channel),
+                Err(why) => last = why.into(),
+            }
+        }
+        Err(failure::unreachable(&self.coordinator, last))
+    }
+
+    /// Asks the inspect service one question.
+    pub(crate) fn inspect<T>(
+        &self,
+        ask: impl AsyncFnOnce(&mut InspectClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+    ) -> Result<T, Failure> {
+        self.run(async |channel| {
+            let mut client = InspectClient::new(channel);
+            self.answer(tokio::time::timeout(PATIENCE, ask(&mut client)).await)
+        })
+    }
+
+    /// Asks the operate service for one thing.
+    pub(crate) fn operate<T>(
+        &self,
+        ask: impl AsyncFnOnce(&mut OperateClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+    ) -> Result<T, Failure> {
+        self.run(async |channel| {
+            let mut client = OperateClient::new(channel);
+            self.answer(tokio::time::timeout(PATIENCE, ask(&mut client)).await)
+        })
+    }
+
+    fn answer<T>(
+        &self,
+        answer: Result<Result<tonic::Response<T>, tonic::Status>, tokio::time::error::Elapsed>,
+    ) -> Result<T, Failure> {
+        match answer {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(failure::call(&status, &self.coordinator)),
+            Err(_) => Err(failure::unreachable(&self.coordinator, anyhow::anyhow!("no answer within {PATIENCE:?}"))),
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! What the run came to: the table, the JSON, and whether everything held.
+
+use std::time::Duration;
+
+use reknit_membership::Timestamp;
+use reknit_membership::record::WorldChange;
+use serde::Serialize;
+
+use super::acts::{Act, Acts};
+use super::evidence::{Done, Evidence};
+use crate::look::show;
+use crate::print;
+
+/// All that is known of a run.
+pub(super) struct Facts {
+    pub(super) acts: Acts,
+    pub(super) history: Vec<WorldChange>,
+    pub(super) evidence: Evidence,
+    pub(super) accuracy_undisturbed: f64,
+    pub(super) accuracy_tolerance: f64,
+    pub(super) steps: u64,
+    pub(super) took: Duration,
+}
+
+/// One change of the world. Times are in milliseconds and follow each other; `total_ms` is from the instant at which
+/// the cause was set to the first committed step of the new world.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Recovery {
+    pub(super) cause: String,
+    pub(super) generation: u64,
+    pub(super) before: u32,
+    pub(super) after: u32,
+    /// From the cause to the coordinator's knowledge of it.
+    pub(super) detect_ms: f64,
+    /// From there to a new world, saved and told. For a planned change training goes on until its last part.
+    pub(super) agree_ms: f64,
+    /// From there until every member has left the old ring and built the new one.
+    pub(super) rebuild_ms: f64,
+    /// From there until every member has the same state.
+    pub(super) restore_ms: f64,
+    /// From there to the first committed step.
+    pub(super) first_step_ms: f64,
+    pub(super) total_ms: f64,
+    /// How long nobody trained: for a planned change, only from the step boundary on.
+    pub(super) stall_ms: f64,
+    /// Committed steps that had to be done again.
+    pub(super) steps_lost: u64,
+    /// Where the state came from.
+    pub(super) source: String,
+    /// When the world's first step was committed.
+    #[serde(skip)]
+    pub(super) at: Timestamp,
+}
+
+#[derive(Serialize)]
+pub(super) struct Json<'a> {
+    recoveries: &'a [Recovery],
+    samples_exactly_once: bool,
+    passes: u64,
+    accuracy: f64,
+    accuracy_undisturbed: f64,
+    generations_spent_on_coordinator_restart: u64,
+    steps_without_coordinator: u64,
+    steps: u64,
+    took_s: f64,
+    complaints: &'a [String],
+    ok: bool,
+}
+
+pub(super) struct Outcome {
+    recoveries: Vec<Recovery>,
+    accuracy: f64,
+    accuracy_undisturbed: f64,
+    samples_exactly_once: bool,
+    passes: u64,
+    generations_spent_on_coordinator_restart: u64,
+    steps_without_coordinator: u64,
+    steps: u64,
+    took: Duration,
+    losses: Vec<Done>,
+    complaints: Vec<String>,
+}
+
+impl Outcome {
+    pub(super) fn new(facts: Facts) -> Outcome {
+        let Facts { acts, history, evidence, accuracy_undisturbed, accuracy_tolerance, steps, took } = facts;
+        let recoveries = recoveries(&acts.acts, &history, &evidence);
+        let sample_complaints = evidence.complaints(steps);
+        let samples_exactly_once = sample_complaints.is_empty();
+        let accuracy = evidence.accuracy().unwrap_or(0.0);
+        let mut complaints = sample_complaints;
+        complaints.extend(complaints_of(&acts, &recoveries, &evidence));
+        if accuracy < accuracy_undisturbed - accuracy_tolerance {
+            complaints.push(format!("accuracy {accuracy:.4} is below {accuracy_undisturbed:.4} undisturbed"));
+        }
+        Outcome {
+            recoveries,
+            accuracy,
+            accuracy_undisturbed,
+            samples_exactly_once,
+            passes: evidence.passes(),
+            generations_spent_on_coordinator_restart: acts.generations_spent_on_coordinator_restart,
+            steps_without_coordinator: acts.steps_without_coordinator,
+            steps,
+            took,
+            losses: evidence.losses(),
+            complaints,
+        }
+    }
+
+    pub(super) fn ok(&self) -> bool {
+        self.complaints.is_empty()
+    }
+
+    pub(super) fn complaints(&self) -> &[String] {
+        &self.complaints
+    }
+
+    pub(super) fn recoveries(&self) -> &[Recovery] {
+        &self.recoveries
+    }
+
+    pub(super) fn losses(&self) -> &[Done] {
+        &self.losses
+    }
+
+    /// What is said below the table, a line each.
+    pub(super) fn summary(&self) -> Vec<String> {
+        let once = if self.samples_exactly_once { "exactly once" } else { "NOT exactly once" };
+        vec![
+            format!(
+                "accuracy {:.4} on images that no step has seen; undisturbed {:.4}",
+                self.accuracy, self.accuracy_undisturbed
+            ),
+            format!(
+                "every image was used {once} per pass, over {} steps ({} passes) of the committed history",
+                self.steps, self.passes
+            ),
+            format!(
+                "while the coordinator was away {} steps were done; its restart cost {} generations",
+                self.steps_without_coordinator, self.generations_spent_on_coordinator_restart
+            ),
+            format!("took {:.0} s, the undisturbed run included", self.took.as_secs_f64()),
+        ]
+    }
+
+    pub(super) fn print(&self) {
+        print::table(&HEAD, &self.rows());
+        print::data(format_args!(""));
+        for line in self.summary() {
+            print::data(format_args!("{line}"));
+        }
+        for complaint in &self.complaints {
+            print::data(format_args!("NOT SO: {complaint}"));
+        }
+    }
+
+    pub(super) fn rows(&self) -> Vec<Vec<String>> {
+        let ms = |ms: f64| if ms < 10.0 { format!("{ms:.1}") } else { format!("{ms:.0}") };
+        let row = |r: &Recovery| {
+            vec![
+                r.cause.clone(),
+                r.generation.to_string(),
+                format!("{} → {}", r.before, r.after),
+                ms(r.detect_ms),
+                ms(r.agree_ms),
+                ms(r.rebuild_ms),
+                ms(r.restore_ms),
+                ms(r.first_step_ms),
+                ms(r.total_ms),
+                ms(r.stall_ms),
+                r.steps_lost.to_string(),
+                r.source.clone(),
+            ]
+        };
+        self.recoveries.iter().map(row).collect()
+    }
+
+    pub(super) fn json(&self) -> Json<'_> {
+        Json {
+            recoveries: &self.recoveries,
+            samples_exactly_once: self.samples_exactly_once,
+            passes: self.passes,
+            accuracy: self.accuracy,
+            accuracy_undisturbed: self.accuracy_undisturbed,
+            generations_spent_on_coordinator_restart: self.generations_spent_on_coordinator_restart,
+            steps_without_coordinator: self.steps_without_coordinator,
+            steps: self.steps,
+            took_s: self.took.as_secs_f64(),
+            complaints: &self.complaints,
+            ok: self.ok(),
+        }
+    }
+}
+
+/// The head of the table.
+pub(super) const HEAD: [&str; 12] = [
+    "CAUSE",
+    "GEN",
+    "WORKERS",
+    "DETECT ms",
+    "AGREE",
+    "REBUILD",
+    "RESTORE",
+    "FIRST STEP",
+    "TOTAL",
+    "STALL",
+    "LOST",
+    "STATE FROM",
+];
+
+fn ms(from: Timestamp, to: Timestamp) -> f64 {
+    to.since(from).as_secs_f64() * 1000.0
+}
+
+/// The changes that led to a running world, each with the act that caused it: the last one before the coordinator
+/// learned of it.
+fn recoveries(acts: &[Act], history: &[WorldChange], evidence: &Evidence) -> Vec<Recovery> {
+    history.iter().filter_map(|change| recovery(acts, change, evidence)).collect()
+}
+
+fn recovery(acts: &[Act], change: &WorldChange, evidence: &Evidence) -> Option<Recovery> {
+    let (agreed, rebuilt, restored) = (change.agreed?, change.rebuilt?, change.restored?);
+    let first_step = change.first_step?;
+    let act = acts.iter().rev().find(|act| act.at <= change.learned && act.after_generation < change.generation.0);
+    let caused = act.map_or(change.learned, |act| act.at);
+    let resumed_at = change.resume.map_or(0, |resume| resume.step.0);
+    Some(Recovery {
+        cause: match act {
+            Some(act) => format!("{}: {}", act.title, show::causes_text(&change.causes)),
+            None => show::causes_text(&change.causes),
+        },
+        generation: change.generation.0,
+        before: change.before,
+        after: change.after,
+        detect_ms: ms(caused, change.learned),
+        agree_ms: ms(change.learned, agreed),
+        rebuild_ms: ms(agreed, rebuilt),
+        restore_ms: ms(rebuilt, restored),
+        first_step_ms: ms(restored, first_step),
+        total_ms: ms(caused, first_step),
+        stall_ms: if is_planned(change) { ms(change.stopped, first_step) } else { ms(caused, first_step) },
+        steps_lost: evidence.steps_before(change.generation.0).saturating_sub(resumed_at),
+        source: change.source.map(show::source_text).unwrap_or_default(),
+        at: first_step,
+    })
+}
+
+fn is_planned(change: &WorldChange) -> bool {
+    change.stopped > change.learned
+}
+
+/// What the play promises, beyond samples and accuracy.
+fn complaints_of(acts: &Acts, recoveries: &[Recovery], evidence: &Evidence) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for act in &acts.acts {
+        if !recoveries.iter().any(|recovery| recovery.cause.starts_with(act.title)) {
+            complaints.push(format!("no recovery follows from: {}", act.title));
+        }
+    }
+    let spent = acts.generations_spent_on_coordinator_restart;
+    if spent > 0 {
+        complaints.push(format!("{spent} generations were spent on the restart of the coordinator"));
+    }
+    if acts.steps_without_coordinator == 0 {
+        complaints.push("training stood still while the coordinator was away".to_owned());
+    }
+    match acts.killed_inside {
+        Some(attempt) if evidence.finished(attempt) => {
+            complaints.push(format!("step {} was finished although a rank died in it", attempt.step));
+        }
+        Some(_) => {}
+        None => complaints.push("nobody was killed in the middle of an all-reduce".to_owned()),
+    }
+    for recovery in recoveries.iter().filter(|recovery| recovery.source == "memory") {
+        if recovery.steps_lost > 0 {
+            complaints.push(format!("generation {} lost {} steps", recovery.generation, recovery.steps_lost));
+        }
+    }
+    if !recoveries.iter().any(|recovery| recovery.source.starts_with("checkpoint")) {
+        complaints.push("nothing was restored from a checkpoint".to_owned());
+    }
+    if recoveries.windows(2).any(|pair| pair[0].generation >= pair[1].generation) {
+        complaints.push("generations do not rise".to_owned());
+    }
+    complaints
+}

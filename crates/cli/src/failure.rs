@@ -1,0 +1,104 @@
+//! How a command fails: with one line that says what, one `hint:` line that says what to do, and an exit code that says
+//! of which kind it is.
+
+use std::process::ExitCode;
+
+use reknit_coordinator::ServeError;
+use reknit_coordinator::store::OpenError;
+use tonic::Code;
+
+use crate::print;
+
+/// What kind of failure it was. The numbers are a promise to scripts; `reknit --help` lists them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Failed = 1,
+    Usage = 2,
+    Unreachable = 3,
+    NotFound = 4,
+    WrongState = 5,
+    InUse = 6,
+}
+
+#[derive(Debug)]
+pub(crate) struct Failure {
+    kind: Kind,
+    error: anyhow::Error,
+    hint: Option<String>,
+}
+
+impl Failure {
+    pub(crate) fn new(kind: Kind, error: impl Into<anyhow::Error>, hint: impl Into<String>) -> Failure {
+        Failure { kind, error: error.into(), hint: Some(hint.into()) }
+    }
+
+    pub(crate) fn report(&self) -> ExitCode {
+        print::talk(format_args!("error: {:#}", self.error));
+        if let Some(hint) = &self.hint {
+            print::talk(format_args!("hint: {hint}"));
+        }
+        ExitCode::from(self.kind as u8)
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Failure {
+        Failure { kind: Kind::Failed, error, hint: None }
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Failure {
+        anyhow::Error::from(error).into()
+    }
+}
+
+/// A call that the coordinator answered with an error, or that did not reach it.
+pub(crate) fn call(status: &tonic::Status, coordinator: &str) -> Failure {
+    let error = anyhow::anyhow!("{}", status.message());
+    let (kind, hint) = match status.code() {
+        Code::NotFound => (Kind::NotFound, "`reknit status` lists the jobs, `reknit status JOB` a job's members"),
+        Code::FailedPrecondition => (Kind::WrongState, "`reknit status JOB` shows what state it is in"),
+        Code::InvalidArgument => (Kind::Usage, "`reknit help COMMAND` shows what it takes"),
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => return unreachable(coordinator, error),
+        _ => (Kind::Failed, "the coordinator's log says more"),
+    };
+    Failure::new(kind, error, hint)
+}
+
+pub(crate) fn unreachable(coordinator: &str, error: anyhow::Error) -> Failure {
+    let hint = "start one with `reknit serve`, or name another with --coordinator or REKNIT_COORDINATOR";
+    Failure::new(Kind::Unreachable, error.context(format!("no coordinator answers at {coordinator}")), hint)
+}
+
+/// A coordinator that cannot serve.
+pub(crate) fn serve(why: ServeError) -> Failure {
+    let (kind, hint) = match &why {
+        ServeError::PortInUse { .. } => {
+            (Kind::InUse, "another coordinator may run there already; choose another port with --listen")
+        }
+        ServeError::Listen { .. } => (Kind::Failed, "choose an address of this machine with --listen"),
+        ServeError::NotLoopback { .. } => {
+            (Kind::Usage, "listen on 127.0.0.1, or say --insecure if everybody who can reach it may use it")
+        }
+        ServeError::Timing(_) => (Kind::Usage, "choose another --silence"),
+        ServeError::Store(OpenError::InUse { .. }) => {
+            (Kind::InUse, "stop the other coordinator, or choose another directory with --store")
+        }
+        ServeError::Store(OpenError::Directory { .. }) => {
+            (Kind::Failed, "choose a directory that can be written with --store")
+        }
+        ServeError::Store(_) | ServeError::Records(_) => {
+            (Kind::Failed, "put the file back from a backup, or begin anew with another directory (--store)")
+        }
+        _ => (Kind::Failed, "the log above says more"),
+    };
+    Failure::new(kind, why, hint)
+}
+
+/// A command line that is wrong, or a request for help.
+pub(crate) fn usage(why: &clap::Error) -> ExitCode {
+    // clap knows which of the two it is, and where it goes.
+    let _ = why.print();
+    if why.use_stderr() { ExitCode::from(Kind::Usage as u8) } else { ExitCode::SUCCESS }
+}

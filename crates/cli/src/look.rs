@@ -1,0 +1,130 @@
+//! Commands that look.
+
+pub(crate) mod show;
+
+use std::path::Path;
+
+use reknit_membership::record::Commit;
+use reknit_proto::v1::inspect_client::InspectClient;
+use reknit_proto::{inspect, v1};
+
+use crate::args::{Checkpoints, Connection, Job, Status, Watch};
+use crate::failure::{self, Failure, Kind};
+use crate::print;
+
+pub(crate) fn status(args: &Status) -> Result<(), Failure> {
+    let connection = &args.connection;
+    let Some(job) = &args.job else { return jobs(connection) };
+    let request = v1::StatusRequest { job: job.clone(), members_max: args.members };
+    let reply = connection.inspect(async |client| client.status(request).await)?;
+    show_status(connection, reply)
+}
+
+fn show_status(connection: &Connection, reply: v1::JobStatus) -> Result<(), Failure> {
+    let total = reply.members_total;
+    let status = inspect::status(reply).map_err(garbled)?;
+    if connection.json {
+        print::json(&show::status_json(&status, total))?;
+    } else {
+        show::status(&status, total);
+    }
+    Ok(())
+}
+
+fn garbled(why: reknit_proto::BadMessage) -> Failure {
+    let error = anyhow::Error::from(why).context("the coordinator's answer cannot be read");
+    Failure::new(Kind::Failed, error, "use the same release of reknit on both sides")
+}
+
+fn jobs(connection: &Connection) -> Result<(), Failure> {
+    let reply = connection.inspect(async |client| client.jobs(v1::JobsRequest {}).await)?;
+    if connection.json {
+        let jobs: Vec<_> = reply.jobs.iter().map(show::job_json).collect();
+        print::json(&jobs)?;
+        return Ok(());
+    }
+    if reply.jobs.is_empty() {
+        print::talk(format_args!("no jobs: a job begins when its first worker joins"));
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = reply.jobs.iter().map(show::job_row).collect();
+    print::table(&["JOB", "PHASE", "GENERATION", "RANKS", "MEMBERS", "STEP"], &rows);
+    Ok(())
+}
+
+pub(crate) fn watch(args: &Watch) -> Result<(), Failure> {
+    let connection = &args.connection;
+    let request = v1::StatusRequest { job: args.job.clone(), members_max: args.members };
+    connection.run(async |channel| {
+        let failed = |status: &tonic::Status| failure::call(status, &connection.coordinator);
+        let mut client = InspectClient::new(channel);
+        let mut stream = client.watch(request).await.map_err(|status| failed(&status))?.into_inner();
+        while let Some(reply) = stream.message().await.map_err(|status| failed(&status))? {
+            if connection.json {
+                let total = reply.members_total;
+                let status = inspect::status(reply).map_err(garbled)?;
+                // One line each: a reader takes them apart by line.
+                print::data(format_args!("{}", show::status_json(&status, total)));
+            } else {
+                show::clear_screen();
+                show_status(connection, reply)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+pub(crate) fn history(args: &Job) -> Result<(), Failure> {
+    let connection = &args.connection;
+    let request = v1::HistoryRequest { job: args.job.clone() };
+    let reply = connection.inspect(async |client| client.history(request).await)?;
+    let changes = reply.changes.into_iter().map(inspect::change).collect::<Result<Vec<_>, _>>().map_err(garbled)?;
+    if connection.json {
+        let changes: Vec<_> = changes.iter().map(show::change_json).collect();
+        print::json(&changes)?;
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = changes.iter().map(show::change_row).collect();
+    let head =
+        ["GEN", "CAUSE", "RANKS", "STOP", "AGREE", "REBUILD", "RESTORE", "FIRST STEP", "TOTAL", "LOST", "FROM"];
+    print::table(&head, &rows);
+    Ok(())
+}
+
+pub(crate) fn checkpoints(args: &Checkpoints) -> Result<(), Failure> {
+    let connection = &args.connection;
+    if let Some(dir) = &args.dir {
+        return files(connection, dir);
+    }
+    let job = args.job.clone().unwrap_or_default();
+    let request = v1::StatusRequest { job, members_max: 1 };
+    let reply = connection.inspect(async |client| client.status(request).await)?;
+    let commits: Vec<Commit> = inspect::status(reply).map_err(garbled)?.commits;
+    if connection.json {
+        let commits: Vec<_> = commits.iter().map(show::commit_json).collect();
+        print::json(&commits)?;
+        return Ok(());
+    }
+    if commits.is_empty() {
+        print::talk(format_args!("no checkpoint has been committed"));
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = commits.iter().map(show::commit_row).collect();
+    print::table(&["STEP", "GENERATION", "SHARDS", "MANIFEST", "COMMITTED"], &rows);
+    Ok(())
+}
+
+fn files(connection: &Connection, dir: &Path) -> Result<(), Failure> {
+    let listed = reknit_checkpoint::list(dir).map_err(|why| {
+        let hint = why.hint();
+        Failure::new(Kind::Failed, why, hint)
+    })?;
+    if connection.json {
+        let listed: Vec<_> = listed.iter().map(show::listed_json).collect();
+        print::json(&listed)?;
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = listed.iter().map(show::listed_row).collect();
+    print::table(&["STEP", "GENERATION", "BYTES", "SHARDS", "CONDITION"], &rows);
+    Ok(())
+}

@@ -1,0 +1,56 @@
+//! The one binary: a coordinator, and what operators look and act with.
+//!
+//! Data goes to standard output, talk to standard error. The exit code says what kind of failure it was (see `failure`).
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod failure;
+mod print;
+mod client;
+mod serve;
+mod look;
+mod act;
+mod demo;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Args, Command};
+use failure::Failure;
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(why) => return failure::usage(&why),
+    };
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(args: Args) -> Result<(), Failure> {
+    match args.command {
+        Command::Serve(serve) => serve::serve(serve),
+        Command::Demo(args) => demo::demo(&args),
+        Command::Status(status) => look::status(&status),
+        Command::Watch(watch) => look::watch(&watch),
+        Command::History(history) => look::history(&history),
+        Command::Checkpoints(checkpoints) => look::checkpoints(&checkpoints),
+        Command::Drain(member) => act::drain(&member),
+        Command::Undrain(member) => act::undrain(&member),
+        Command::Evict(member) => act::evict(&member),
+        Command::Notice(notice) => act::notice(&notice),
+        Command::Resize(resize) => act::resize(&resize),
+        Command::Save(job) => act::save(&job),
+        Command::Close(job) => act::close(&job),
+        Command::Forget(job) => act::forget(&job),
+        Command::Completions(shell) => {
+            let mut command = Args::command();
+            clap_complete::generate(shell.shell, &mut command, "reknit", &mut print::stdout());
+            Ok(())
+        }
+    }
+}

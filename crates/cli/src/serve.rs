@@ -1,0 +1,79 @@
+//! `reknit serve`.
+
+use std::path::PathBuf;
+
+use reknit_coordinator::config::{Config, Limits, StoreConfig};
+use reknit_coordinator::server::{Exposure, Server};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::args::Serve;
+use crate::failure::{self, Failure};
+use crate::print;
+
+pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
+    let store = match args.store.as_str() {
+        "memory" => StoreConfig::Memory,
+        dir => StoreConfig::Embedded { dir: PathBuf::from(dir) },
+    };
+    let config = Config { listen: args.listen, store, silence: args.silence, limits: Limits::default() };
+    if args.print_config {
+        print_config(&config);
+        return Ok(());
+    }
+    let filter = EnvFilter::try_from_env("REKNIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let exposure = if args.insecure { Exposure::Insecure } else { Exposure::Loopback };
+    let announce = args.announce;
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async move {
+        let mut interrupted = signal(SignalKind::interrupt())?;
+        let mut terminated = signal(SignalKind::terminate())?;
+        let server = Server::bind(config, exposure).await.map_err(failure::serve)?;
+        if announce {
+            print::data(format_args!("{}", server.address()));
+        }
+        let stop = async move {
+            tokio::select! {
+                _ = interrupted.recv() => {}
+                _ = terminated.recv() => {}
+            }
+        };
+        server.run(stop).await.map_err(failure::serve)
+    })
+}
+
+fn print_config(config: &Config) {
+    let Limits {
+        connections,
+        first_bytes,
+        introduction,
+        message_bytes,
+        outbound,
+        inbound,
+        jobs,
+        members,
+        listed,
+        streams_per_connection,
+    } = config.limits;
+    let store = match &config.store {
+        StoreConfig::Memory => "memory".to_owned(),
+        StoreConfig::Embedded { dir } => dir.display().to_string(),
+    };
+    print::data(format_args!("listen                  {}", config.listen));
+    print::data(format_args!("store                   {store}"));
+    print::data(format_args!("silence                 {:?}", config.silence));
+    for (name, value) in [
+        ("connections", connections),
+        ("message_bytes", message_bytes),
+        ("outbound", outbound),
+        ("inbound", inbound),
+        ("jobs", jobs),
+        ("members", members as usize),
+        ("listed", listed),
+        ("streams_per_connection", streams_per_connection as usize),
+    ] {
+        print::data(format_args!("{name:<23} {value}"));
+    }
+    print::data(format_args!("first_bytes             {first_bytes:?}"));
+    print::data(format_args!("introduction            {introduction:?}"));
+}
