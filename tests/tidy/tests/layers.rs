@@ -1,0 +1,86 @@
+//! Dependencies point one way (ARCHITECTURE.md): `cli → {coordinator, trainer} → proto → membership`, and the pure core
+//! depends on nothing at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// What each crate may use of the others. Tests may use anything.
+const MAY_USE: [(&str, &[&str]); 8] = [
+    ("reknit-membership", &[]),
+    ("reknit-proto", &["reknit-membership"]),
+    ("reknit-coordinator", &["reknit-proto", "reknit-membership"]),
+    ("reknit-collectives", &["reknit-membership"]),
+    ("reknit-checkpoint", &["reknit-membership"]),
+    ("reknit-trainer", &["reknit-proto", "reknit-collectives", "reknit-checkpoint", "reknit-membership"]),
+    (
+        "reknit-cli",
+        &[
+            "reknit-coordinator",
+            "reknit-trainer",
+            "reknit-collectives",
+            "reknit-checkpoint",
+            "reknit-proto",
+            "reknit-membership",
+        ],
+    ),
+    ("reknit-example-digits", &["reknit-trainer"]),
+];
+
+/// Crates that the core's purity would end with.
+const MAY_NOT_BE_IN_THE_CORE: &str = "the core depends on nothing: no clock, no randomness, no encoding, no log";
+
+fn metadata() -> Value {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline", "--manifest-path"])
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Each crate's normal dependencies.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let metadata = metadata();
+    let package = |package: &Value| {
+        let normal = package["dependencies"].as_array().unwrap().iter().filter(|d| d["kind"].is_null());
+        let names = normal.map(|d| d["name"].as_str().unwrap().to_owned()).collect();
+        (package["name"].as_str().unwrap().to_owned(), names)
+    };
+    metadata["packages"].as_array().unwrap().iter().map(package).collect()
+}
+
+#[test]
+fn crates_use_only_what_lies_below_them() {
+    let dependencies = dependencies();
+    for (name, allowed) in MAY_USE {
+        let used = dependencies.get(name).unwrap_or_else(|| panic!("there is no crate {name}"));
+        let wrong: Vec<&String> =
+            used.iter().filter(|d| d.starts_with("reknit-") && !allowed.contains(&d.as_str())).collect();
+        assert!(wrong.is_empty(), "{name} uses {wrong:?}; it may use {allowed:?} (see ARCHITECTURE.md)");
+    }
+}
+
+#[test]
+fn every_crate_has_its_layer() {
+    let known: BTreeSet<&str> = MAY_USE.iter().map(|(name, _)| *name).collect();
+    let tests = ["reknit-sim", "reknit-e2e", "reknit-tidy"];
+    for name in dependencies().keys().filter(|name| !tests.contains(&name.as_str())) {
+        assert!(known.contains(name.as_str()), "{name} is new: say in MAY_USE and ARCHITECTURE.md where it belongs");
+    }
+}
+
+#[test]
+fn the_core_depends_on_nothing() {
+    assert_eq!(dependencies()["reknit-membership"], BTreeSet::new(), "{MAY_NOT_BE_IN_THE_CORE}");
+}
+
+#[test]
+fn the_training_framework_stays_in_the_example() {
+    for (name, used) in dependencies() {
+        let frameworks: Vec<&String> = used.iter().filter(|d| d.starts_with("candle") || *d == "smartcore").collect();
+        assert!(frameworks.is_empty() || name.starts_with("reknit-example-"), "{name} uses {frameworks:?}");
+    }
+}
