@@ -7,7 +7,8 @@
 //! in    header │ word part │ word part │ ...
 //! ```
 //! There is no message and no wait between steps. A frame's word is the union of all words known here when it goes out,
-//! so after `n - 1` frames everybody knows all of them.
+//! so after `n - 1` frames everybody knows all of them. (A word that goes out in two pieces may gain flags in between.
+//! That does no harm: flags are only ever added, so each piece still holds all that are due.)
 //!
 //! What comes in for good is received straight into its place, even where an unfinished sum of this rank still lies:
 //! the final value of an element cannot arrive before this rank's share of it has gone out, for it is made of it.

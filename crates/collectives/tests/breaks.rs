@@ -393,6 +393,37 @@ fn a_rank_that_calls_something_else_breaks_everybody_and_somebody_says_why() {
 }
 
 #[test]
+fn a_wait_too_long_for_the_clock_is_as_good_as_one_for_ever() {
+    let options =
+        GroupOptions { form: Duration::MAX, stall: Duration::MAX, spin: Duration::ZERO, chunk_bytes: 0 };
+    let mut groups = World::with(2, options).form();
+    let last = groups.remove(1);
+    let works: Vec<Box<dyn FnOnce() -> bool + Send>> = vec![
+        Box::new(move || groups.remove(0).barrier(NONE).is_err()),
+        Box::new(move || {
+            drop(last);
+            true
+        }),
+    ];
+    assert_eq!(together(works), [true, true]);
+}
+
+#[test]
+fn what_a_trainer_shares_between_threads_can_be_shared() {
+    fn is_send<T: Send>() {}
+    fn is_sync<T: Sync>() {}
+    is_send::<Group>();
+    is_send::<AbortHandle>();
+    is_sync::<AbortHandle>();
+    is_send::<reknit_collectives::Door>();
+    is_sync::<reknit_collectives::Door>();
+    is_send::<reknit_collectives::Listener>();
+    is_sync::<reknit_collectives::Listener>();
+    is_send::<FormError>();
+    is_sync::<Broken>();
+}
+
+#[test]
 fn a_world_of_one_knows_only_its_own_abort() {
     let mut group = World::with(1, options()).form().remove(0);
     let mut data = [3f32, 4.0];
