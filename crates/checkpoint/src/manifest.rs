@@ -13,7 +13,7 @@ mod wire;
 
 use std::path::{Path, PathBuf};
 
-use reknit_membership::{Digest, Generation, HistoryId, JobId, Lineage, Rank, Step, Timestamp, WorldSize};
+use reknit_membership::{Digest, Generation, HistoryId, JobId, Lineage, Rank, Step, WorldSize};
 
 use crate::files::{FileError, Files, RealFiles, publish};
 use crate::fingerprint::Fingerprint;
@@ -29,7 +29,8 @@ pub use wire::{BadManifest, MANIFEST_BYTES_MAX};
 /// The most ranks that may write one checkpoint.
 pub const RANKS_MAX: u32 = 65_536;
 
-/// Which state of which job a checkpoint is of.
+/// Which state of which job a checkpoint is of. When it was made is not told: whoever writes a manifest of the same parts
+/// writes the same bytes, so a publisher that died half way can be replaced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ManifestMeta {
     /// The job.
@@ -44,8 +45,6 @@ pub struct ManifestMeta {
     pub generation: Generation,
     /// How many ranks wrote it.
     pub world_size: WorldSize,
-    /// When it was made.
-    pub created: Timestamp,
 }
 
 /// What one rank wrote for a checkpoint.

@@ -99,6 +99,7 @@ fn text(text: &str, into: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::common::Rng;
     use serde_json::json;
 
     fn of(value: Value) -> Digest {
@@ -146,11 +147,19 @@ mod tests {
     }
 
     #[test]
-    fn numbers_come_back_from_json_bit_for_bit() {
-        for float in [0.1, -0.0, 5e-324, f64::MAX, 1.0, 8.41e21, 9.5367431640625e-7, 0.30000000000000004] {
+    fn k_8_numbers_come_back_from_json_bit_for_bit() {
+        let mut rng = Rng::from_env("numbers_come_back_from_json");
+        let odd = [0.1, -0.0, 5e-324, f64::MAX, f64::MIN_POSITIVE, 1.0, 8.41e21, 9.5367431640625e-7];
+        let random = (0..10_000).map(|_| f64::from_bits(rng.next())).filter(|float| float.is_finite());
+        for float in odd.into_iter().chain(random) {
             let value = json!(float);
             let back: Value = serde_json::from_str(&value.to_string()).unwrap();
-            assert_eq!(of(back), of(value), "{float}");
+            assert_eq!(back.as_f64().unwrap().to_bits(), float.to_bits(), "{float:e}");
+            assert_eq!(of(back), of(value), "{float:e}");
+        }
+        for value in [json!(u64::MAX), json!(i64::MIN), json!(-1), json!(0), json!(1u64 << 53 | 1)] {
+            let back: Value = serde_json::from_str(&value.to_string()).unwrap();
+            assert_eq!(of(back), of(value.clone()), "{value}");
         }
     }
 

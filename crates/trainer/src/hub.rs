@@ -43,6 +43,8 @@ pub(crate) enum ToSaves {
     Publish { generation: Generation, step: Step, shards: Vec<ShardReport> },
     /// These checkpoints are committed.
     Committed { kept: Vec<Commit> },
+    /// The program is done.
+    End,
 }
 
 /// The present world's ring, as far as other threads need to know it.
@@ -70,7 +72,7 @@ pub(crate) struct Hub {
     to_program: std_mpsc::Sender<ToProgram>,
     /// What ends the ring, and the moving of state, of the present world.
     ring: Mutex<Option<Ring>>,
-    to_saves: Option<std_mpsc::Sender<ToSaves>>,
+    to_saves: std_mpsc::Sender<ToSaves>,
     on_notice: Option<NoticeCallback>,
     noticed: AtomicBool,
     /// Since when there has been no stream.
@@ -88,7 +90,7 @@ impl Hub {
         listener: Listener,
         to_link: tokio_mpsc::UnboundedSender<ToLink>,
         to_program: std_mpsc::Sender<ToProgram>,
-        to_saves: Option<std_mpsc::Sender<ToSaves>>,
+        to_saves: std_mpsc::Sender<ToSaves>,
         on_notice: Option<NoticeCallback>,
     ) -> Arc<Hub> {
         Arc::new(Hub {
@@ -147,11 +149,9 @@ impl Hub {
         let _ = self.to_program.send(what);
     }
 
-    fn tell_saves(&self, what: ToSaves) {
-        if let Some(saves) = &self.to_saves {
-            // That thread ends only with the program.
-            let _ = saves.send(what);
-        }
+    pub(crate) fn tell_saves(&self, what: ToSaves) {
+        // Without checkpoints nobody listens.
+        let _ = self.to_saves.send(what);
     }
 
     fn form(self: &Arc<Hub>, place: Place, secret: SecretBytes) {

@@ -23,7 +23,7 @@ pub type NoticeCallback = Arc<dyn Fn(Notice) + Send + Sync>;
 /// Where and how often checkpoints are made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoints {
-    /// The directory, on storage that every worker of the job reaches.
+    /// The directory, on storage that every worker of the job reaches. Jobs may share it: each has its own within.
     pub dir: PathBuf,
     /// After every so many steps; at least 1.
     pub every: u64,
@@ -130,7 +130,7 @@ impl Options {
         self
     }
 
-    /// Checkpoints go to `dir` after every `every` steps; the newest `keep` are kept.
+    /// Checkpoints go to a directory of this job's in `dir`, after every `every` steps; the newest `keep` are kept.
     ///
     /// # Errors
     /// [`BadOptions`] if `every` or `keep` is zero.

@@ -1,20 +1,24 @@
 //! Checkpoints in the background: a thread that reports written parts, writes manifests and deletes what is too old.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use reknit_checkpoint::manifest::{Manifest, ManifestMeta, publish_manifest};
+use reknit_checkpoint::manifest::{Manifest, ManifestMeta, PublishError, publish_manifest};
 use reknit_checkpoint::{
     CommitRef, Layout, SaveError, SaveMeta, Saved, Saver, SaverOptions, ShardReport as PartReport, Stall, State,
     retain,
 };
 use reknit_membership::holding::ShardReport;
 use reknit_membership::record::Commit;
-use reknit_membership::{Generation, JobId, Rank, Step, WorldSize};
+use reknit_membership::{Digest, Generation, HistoryId, JobId, Rank, Step, WorldSize};
 
 use crate::hub::{Hub, ToSaves, lock};
+
+/// How long files of other ranks are waited for.
+const LATE_FILES: Duration = Duration::from_secs(5);
 
 /// Parts that are written and may still become part of a checkpoint: seldom more than one.
 const WRITTEN_MAX: usize = 4;
@@ -22,6 +26,9 @@ const WRITTEN_MAX: usize = 4;
 /// The program's end: begins saves.
 pub(crate) struct Saves {
     saver: Arc<Mutex<Saver>>,
+    /// Where they go.
+    pub(crate) dir: PathBuf,
+    /// After how many steps.
     pub(crate) every: u64,
 }
 
@@ -34,26 +41,30 @@ pub(crate) struct SavesThread {
     inbox: mpsc::Receiver<ToSaves>,
 }
 
+/// Where the checkpoints of one job's record lie: a directory of its own, so that two jobs, or two lives of a job in two
+/// stores, never meet.
+pub(crate) fn directory(parent: &Path, job: &JobId, history: HistoryId) -> PathBuf {
+    parent.join(format!("{job}-{:016x}", history.0))
+}
+
 impl Saves {
-    /// Both ends, and the way to the thread.
+    /// Both ends. The thread listens to what is sent to `inbox`.
     pub(crate) fn new(
         dir: PathBuf,
         every: u64,
         job: JobId,
         layout: Layout,
-    ) -> Result<(Saves, SavesThread, mpsc::Sender<ToSaves>), SaveError> {
-        let (sender, inbox) = mpsc::channel();
-        let notify = {
-            let sender = sender.clone();
-            Box::new(move || {
-                // When the thread is gone, so is the program.
-                let _ = sender.send(ToSaves::Written);
-            })
-        };
+        sender: mpsc::Sender<ToSaves>,
+        inbox: mpsc::Receiver<ToSaves>,
+    ) -> Result<(Saves, SavesThread), SaveError> {
+        let notify = Box::new(move || {
+            // When the thread is gone, so is the program.
+            let _ = sender.send(ToSaves::Written);
+        });
         let options = SaverOptions { notify: Some(notify), ..SaverOptions::default() };
         let saver = Arc::new(Mutex::new(Saver::new(dir.clone(), layout.clone(), options)?));
-        let thread = SavesThread { saver: Arc::clone(&saver), dir, job, layout, inbox };
-        Ok((Saves { saver, every }, thread, sender))
+        let thread = SavesThread { saver: Arc::clone(&saver), dir: dir.clone(), job, layout, inbox };
+        Ok((Saves { saver, dir, every }, thread))
     }
 
     /// Gets the memory for this rank's part, so that the first save need not.
@@ -68,7 +79,7 @@ impl Saves {
 }
 
 impl SavesThread {
-    /// Its life, which ends with the hub.
+    /// Its life, which ends with the program's.
     pub(crate) fn run(self, hub: &std::sync::Weak<Hub>) {
         let mut written: BTreeMap<(Generation, Step), Saved> = BTreeMap::new();
         while let Ok(work) = self.inbox.recv() {
@@ -92,6 +103,7 @@ impl SavesThread {
                     written.retain(|(_, step), _| *step > newest);
                     self.delete_old(&hub, &kept);
                 }
+                ToSaves::End => return,
             }
         }
     }
@@ -125,7 +137,6 @@ impl SavesThread {
             lineage: saved.meta.lineage,
             generation,
             world_size: saved.meta.world_size,
-            created: Default::default(),
         };
         let reports: Vec<PartReport> = shards
             .iter()
@@ -139,7 +150,7 @@ impl SavesThread {
             .collect();
         let manifest = Manifest::assemble(meta, &self.layout, &saved.fingerprint, saved.values.clone(), &reports);
         let published = match manifest {
-            Ok(manifest) => publish_manifest(&self.dir, &manifest).map_err(|why| why.to_string()),
+            Ok(manifest) => publish_when_visible(&self.dir, &manifest).map_err(|why| why.to_string()),
             Err(why) => Err(why.to_string()),
         };
         match published {
@@ -171,6 +182,21 @@ impl SavesThread {
                 }
             }
             Err(why) => tracing::warn!(error = %why, "old checkpoints could not be looked for"),
+        }
+    }
+}
+
+/// Network file systems show the fresh files of other machines late.
+fn publish_when_visible(dir: &Path, manifest: &Manifest) -> Result<Digest, PublishError> {
+    let began = Instant::now();
+    loop {
+        match publish_manifest(dir, manifest) {
+            Err(PublishError::ShardMissing { .. } | PublishError::ShardLength { .. })
+                if began.elapsed() < LATE_FILES =>
+            {
+                std::thread::sleep(LATE_FILES / 50);
+            }
+            published => return published,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The program's side of the library: joining, and the next step.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,12 @@ use reknit_membership::{Digest, Generation, JobId, Lineage, MemberId, Step as St
 
 use crate::error::TrainError;
 use crate::held::Held;
-use crate::hub::{Hub, ToLink, ToProgram};
+use crate::hub::{Hub, ToLink, ToProgram, ToSaves};
 use crate::link;
 use crate::options::Options;
 use crate::order::DataOrder;
 use crate::restore::{Fetching, RestoreError, fetch, serve};
-use crate::saves::Saves;
+use crate::saves::{self, Saves};
 use crate::session::{Directive, End, Identity, Session};
 use crate::step::Step;
 
@@ -98,22 +98,8 @@ impl Trainer {
 
         let (to_link, link_inbox) = tokio::sync::mpsc::unbounded_channel();
         let (to_program, inbox) = channel();
-        let saving = match &options.checkpoints {
-            Some(wish) => Some(
-                Saves::new(wish.dir.clone(), wish.every, options.job.clone(), layout.clone())
-                    .map_err(TrainError::Checkpoints)?,
-            ),
-            None => None,
-        };
-        let (saves, saves_thread, to_saves) = match saving {
-            Some((saves, thread, sender)) => (Some(saves), Some(thread), Some(sender)),
-            None => (None, None, None),
-        };
-        let hub = Hub::new(session, listener, to_link, to_program, to_saves, options.on_notice.clone());
-        if let Some(thread) = saves_thread {
-            let hub = Arc::downgrade(&hub);
-            std::thread::Builder::new().name("reknit-saves".to_owned()).spawn(move || thread.run(&hub))?;
-        }
+        let (to_saves, saves_inbox) = channel();
+        let hub = Hub::new(session, listener, to_link, to_program, to_saves.clone(), options.on_notice.clone());
         let link = {
             let (hub, coordinators, job) = (Arc::clone(&hub), options.coordinators.clone(), options.job.clone());
             std::thread::Builder::new()
@@ -130,13 +116,27 @@ impl Trainer {
             group: None,
             running: None,
             state_replaced: false,
-            saves,
+            saves: None,
             last_commit_since: None,
             failure: None,
             end: None,
         };
         trainer.wait_until_let_in()?;
+        trainer.prepare_saves(to_saves, saves_inbox)?;
         Ok(trainer)
+    }
+
+    fn prepare_saves(&mut self, sender: Sender<ToSaves>, inbox: Receiver<ToSaves>) -> Result<(), TrainError> {
+        let Some(wish) = &self.options.checkpoints else { return Ok(()) };
+        let history = self.hub.look(Session::history).unwrap_or_default();
+        let job = self.options.job.clone();
+        let dir = saves::directory(&wish.dir, &job, history);
+        let (saves, thread) = Saves::new(dir, wish.every, job, self.layout.clone(), sender, inbox)
+            .map_err(TrainError::Checkpoints)?;
+        self.saves = Some(saves);
+        let hub = Arc::downgrade(&self.hub);
+        std::thread::Builder::new().name("reknit-saves".to_owned()).spawn(move || thread.run(&hub))?;
+        Ok(())
     }
 
     fn wait_until_let_in(&mut self) -> Result<(), TrainError> {
@@ -343,13 +343,13 @@ impl Trainer {
     }
 
     fn load(&self, load: &Load, state: &mut dyn State) -> Result<(), String> {
-        let Some(wish) = &self.options.checkpoints else {
+        let Some(Saves { dir, .. }) = &self.saves else {
             return Err("this worker was given no directory of checkpoints".to_owned());
         };
         let commit = &load.commit;
         let text = |why: reknit_checkpoint::LoadError| format!("{why}; {}", why.hint());
-        let manifest = open(&wish.dir, commit.step, commit.generation, commit.manifest).map_err(text)?;
-        load_into(&wish.dir, &manifest, Part::All, state).map_err(text)?;
+        let manifest = open(dir, commit.step, commit.generation, commit.manifest).map_err(text)?;
+        load_into(dir, &manifest, Part::All, state).map_err(text)?;
         Ok(())
     }
 
@@ -436,6 +436,7 @@ impl Drop for Trainer {
     fn drop(&mut self) {
         self.hub.bring(Session::leave);
         self.group = None;
+        self.hub.tell_saves(ToSaves::End);
         self.hub.say(ToLink::End);
         if let Some(link) = self.link.take() {
             // It ends within its farewell; a panic of its own is its own.

@@ -1,7 +1,7 @@
 //! What a fleet does to a job: deaths, restarts, broken disks. `reknit demo` shows the usual ones in one run; here are
 //! those that need a hand.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use reknit_e2e::{Coordinator, Process, eventually, programs};
@@ -18,9 +18,12 @@ fn saving(coordinator: &Coordinator, name: &str) -> Process {
 }
 
 /// The directories of checkpoints, oldest first.
-fn checkpoints(coordinator: &Coordinator) -> Vec<std::path::PathBuf> {
-    let read = std::fs::read_dir(coordinator.dir().join("checkpoints")).unwrap();
-    let mut all: Vec<_> = read.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
+fn checkpoints(coordinator: &Coordinator) -> Vec<PathBuf> {
+    let directories = |dir: &Path| -> Vec<PathBuf> {
+        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect()
+    };
+    let [own] = &directories(&coordinator.dir().join("checkpoints"))[..] else { panic!("one job has one directory") };
+    let mut all = directories(own);
     all.sort();
     all
 }
@@ -44,8 +47,7 @@ fn a_flipped_bit_in_the_newest_checkpoint_sends_all_to_the_one_before_with_a_war
     let newest = coordinator.has_checkpoint("job", 60);
     let damaged = checkpoints(&coordinator)
         .into_iter()
-        .find(|path| path.display().to_string().contains(&format!("{newest:010}")) || path.ends_with(format!("step-{newest:08}")))
-        .or_else(|| checkpoints(&coordinator).into_iter().filter(|path| path.join("manifest.json").exists()).next_back())
+        .find(|path| path.display().to_string().contains(&format!("step-{newest:08}-")))
         .unwrap();
     let shard = std::fs::read_dir(&damaged)
         .unwrap()

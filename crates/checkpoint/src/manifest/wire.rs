@@ -2,7 +2,7 @@
 //! written it.
 
 use reknit_membership::{
-    BadName, Digest, Generation, HistoryId, JobId, Lineage, Rank, Step, Timestamp, WorldSize,
+    BadName, Digest, Generation, HistoryId, JobId, Lineage, Rank, Step, WorldSize,
 };
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +29,6 @@ struct AnyFormat {
 struct WireManifest {
     format: u64,
     written_by: String,
-    created_unix_us: u64,
     job: String,
     history: String,
     step: u64,
@@ -103,7 +102,6 @@ impl Manifest {
         let wire = WireManifest {
             format: FORMAT,
             written_by: self.written_by.clone(),
-            created_unix_us: self.meta.created.0,
             job: self.meta.job.to_string(),
             history: format!("{:016x}", self.meta.history.0),
             step: self.meta.step.0,
@@ -145,7 +143,6 @@ fn checked(wire: WireManifest) -> Result<Manifest, BadManifest> {
         lineage: Lineage(wire.lineage),
         generation: Generation(wire.generation),
         world_size: WorldSize(wire.world_size),
-        created: Timestamp(wire.created_unix_us),
     };
     let layout = Layout::new(wire.tensors)?;
     let world_size = wire.world_size as usize;

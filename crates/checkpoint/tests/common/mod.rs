@@ -9,7 +9,7 @@ use reknit_checkpoint::{
     CommitRef, Dtype, Fingerprint, Layout, Manifest, ManifestMeta, NamedTensors, SaveMeta, Saved, Saver,
     SaverOptions, State, TensorSpec, Values, list, publish_manifest,
 };
-use reknit_membership::{Digest, Generation, HistoryId, JobId, Lineage, Rank, Step, Timestamp, WorldSize};
+use reknit_membership::{Digest, Generation, HistoryId, JobId, Lineage, Rank, Step, WorldSize};
 
 /// Longer than any save of a test takes: a test that waits this long has hung.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -131,7 +131,6 @@ pub fn manifest_meta(step: u64, generation: u64, n: u32) -> ManifestMeta {
         lineage: Lineage(1),
         generation: Generation(generation),
         world_size: WorldSize(n),
-        created: Timestamp(1_700_000_000_000_000),
     }
 }
 
