@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::event::{Effect, Event, Message, Transition};
 use crate::holding::Holding;
-use crate::ids::{Generation, MemberId, MemberName, Step, Timestamp};
+use crate::ids::{Generation, Lineage, MemberId, MemberName, Step, Timestamp};
 use crate::reason::{Closure, Note, Waiting};
 use crate::record::{JobRecord, Stage};
 use crate::spec::Timing;
@@ -195,7 +195,8 @@ impl Job {
             slots_total: members.values().map(|m| m.slots).sum(),
             lease_scan: takeover,
             takeover_until: takeover,
-            blind_until: if record.generation == Generation(0) { now } else { takeover },
+            // As long as no world has run, there is no state that could be missed.
+            blind_until: if record.resume.lineage == Lineage(0) { now } else { takeover },
             took_over_run: record.changes.back().is_none_or(|change| change.restored.is_some()),
             adrift: members.keys().copied().collect(),
             members,
@@ -354,6 +355,7 @@ impl Job {
         for (member, _) in std::mem::take(&mut self.members) {
             out.tell(member, Message::Closed(closure));
         }
+        self.slots_total = 0;
         self.names.clear();
         self.adrift.clear();
         self.rested.clear();

@@ -32,7 +32,7 @@
 //! | M-4 | A published world has between `min` and `max` ranks and a multiple of `unit`; the rest wait as spares. |
 //! | M-5 | Nobody is told of a generation, a go or a commit before it is saved: such effects come with a `save`. |
 //! | M-6 | A world runs only after every member of it was ready and reported the same step of the same lineage. |
-//! | M-7 | A committed step that a member with a lease holds is never lost: the world resumes at the highest one. |
+//! | M-7 | A committed step that a member with a lease holds is never lost: the world resumes at the highest one, unless that memory was found wrong. |
 //! | M-8 | A member that lost its lease, or an older incarnation of a name, changes nothing and is told so. |
 //! | M-9 | A late or repeated join of the same member changes nothing. |
 //! | M-10 | A request repeated after a lost reply is answered again, with the same outcome. |

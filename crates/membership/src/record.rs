@@ -191,3 +191,46 @@ impl JobRecord {
         self.world.as_ref()?.seat(member).map(|seat| &seat.name)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn m15_the_branch_ends_each_world_where_a_later_one_went_on() {
+        let change = |generation: u64, ran: Option<(u64, Source)>| WorldChange {
+            generation: Generation(generation),
+            causes: Vec::new(),
+            before: 0,
+            after: 0,
+            learned: Timestamp(0),
+            stopped: Timestamp(0),
+            agreed: None,
+            rebuilt: None,
+            restored: ran.map(|_| Timestamp(0)),
+            first_step: None,
+            resume: ran.map(|(step, _)| Resume { lineage: Lineage(generation), step: Step(step) }),
+            source: ran.map(|(_, source)| source),
+            steps_lost: 0,
+        };
+        let job = JobId::new("job").expect("a plain name");
+        let mut record = JobRecord::new(job, HistoryId(7), Spec::default());
+        let branch = |record: &JobRecord| -> Vec<(u64, u64)> {
+            record.branch().into_iter().map(|(world, step)| (world.0, step.0)).collect()
+        };
+        assert_eq!(branch(&record), []);
+        record.changes.push_back(change(1, Some((0, Source::Initial))));
+        record.changes.push_back(change(2, None));
+        record.changes.push_back(change(3, Some((10, Source::Memory))));
+        assert_eq!(branch(&record), [(1, 10), (3, u64::MAX)], "world 2 never ran");
+        record.changes.push_back(change(4, Some((8, Source::Checkpoint { step: Step(8) }))));
+        assert_eq!(branch(&record), [(1, 8), (3, 8), (4, u64::MAX)], "steps 9 and 10 are given up");
+        record.changes.push_back(change(5, Some((12, Source::Memory))));
+        assert_eq!(branch(&record), [(1, 8), (3, 8), (4, 12), (5, u64::MAX)]);
+        let mut rolled_back = record.clone();
+        rolled_back.changes.back_mut().expect("a change").causes.push(Cause::StoreRolledBack);
+        assert_eq!(branch(&rolled_back), [(5, u64::MAX)], "what was before is not known for sure");
+        record.changes.push_back(change(6, Some((9, Source::AbandonedMemory))));
+        assert_eq!(branch(&record), [(6, u64::MAX)]);
+    }
+}

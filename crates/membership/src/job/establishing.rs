@@ -51,9 +51,10 @@ impl Job {
         holding: Holding,
         out: &mut Out,
     ) {
-        if !self.members.contains_key(&member) {
+        let Some(m) = self.members.get_mut(&member) else {
             return self.refuse_stranger(member, out);
-        }
+        };
+        m.heard = m.heard.max(generation);
         self.extend_lease(member);
         if generation != self.record.generation || !self.is_seated(member) {
             return;
@@ -73,12 +74,26 @@ impl Job {
             return;
         }
         let Phase::Establishing(establishing) = &mut self.phase else { return };
-        let held = std::mem::take(&mut establishing.ready);
+        let mut held = std::mem::take(&mut establishing.ready);
         let first_attempt = establishing.first_attempt;
         if let Some(change) = self.record.changes.back_mut() {
             change.rebuilt.get_or_insert(self.now);
         }
+        self.name_alike(&mut held);
         self.resume_from(held, first_attempt, out);
+    }
+
+    /// A step of the present branch goes by several names, one for each world that started with it. From here on it goes
+    /// by one, for what has been moved adds up with what was there only under the same name.
+    fn name_alike(&self, held: &mut BTreeMap<MemberId, Holding>) {
+        let branch = self.record.branch();
+        for holding in held.values_mut() {
+            if let Holding::State { resume, .. } = holding
+                && branch.get(&resume.lineage).is_some_and(|last| resume.step <= *last)
+            {
+                resume.lineage = self.record.resume.lineage;
+            }
+        }
     }
 
     /// After a start of the coordinator: whether a member that it has not heard of may hold a newer state than all who

@@ -276,12 +276,31 @@ impl Job {
     }
 
     fn publish(&mut self, chosen: &[MemberId], out: &mut Out) {
-        let Phase::Forming(forming) = &mut self.phase else { return };
+        let Some(change) = self.change_to(chosen) else { return };
+        let (generation, size, causes) = (change.generation, change.after, change.causes.clone());
+        let unplaced = self.take_places(chosen);
+        let world = World { generation, seats: self.seats_of(chosen) };
+        self.roster = world.roster();
+        self.record.world = Some(world);
+        self.record.stage = Stage::Published;
+        self.record.change(change);
+        self.resized = false;
+        self.ask_unplaced(unplaced, out);
+        self.record.generation = generation;
+        self.phase = Phase::Establishing(Establishing::new(self.now, &self.timing));
+        out.save();
+        out.note(Note::Formed { generation, size, causes });
+        for (index, member) in chosen.iter().enumerate() {
+            self.tell_world(*member, index as u32, out);
+        }
+    }
+
+    /// What the history will say of the world that is about to be published.
+    fn change_to(&mut self, chosen: &[MemberId]) -> Option<WorldChange> {
+        let Phase::Forming(forming) = &mut self.phase else { return None };
         let (learned, stopped, before) = (forming.learned, forming.stopped, forming.before);
         let mut causes = std::mem::take(&mut forming.causes);
-        let told = forming.told;
-        let lost = causes.iter().any(|cause| matches!(cause, Cause::Lost { .. }));
-        if lost {
+        if causes.iter().any(|cause| matches!(cause, Cause::Lost { .. })) {
             self.fruitless = 0;
             self.grudges.clear();
             causes.retain(|cause| *cause != Cause::LinkBroken);
@@ -293,21 +312,11 @@ impl Job {
         // A branch of states ends at a store that was put back: that cause must not fall to the limit.
         causes.sort_by_key(|cause| *cause != Cause::StoreRolledBack);
         causes.truncate(CAUSES_MAX);
-
-        let over = self.record.generation;
-        let generation = over.next();
-        let unplaced = self.take_places(chosen);
-        let world = World { generation, seats: self.seats_of(chosen) };
-        self.roster = world.roster();
-        let rank = self.roster.size.0;
-        self.record.generation = generation;
-        self.record.world = Some(world);
-        self.record.stage = Stage::Published;
-        self.record.change(WorldChange {
-            generation,
-            causes: causes.clone(),
+        Some(WorldChange {
+            generation: self.record.generation.next(),
+            causes,
             before,
-            after: rank,
+            after: self.ranks(chosen),
             learned,
             stopped,
             agreed: None,
@@ -317,13 +326,15 @@ impl Job {
             resume: None,
             source: None,
             steps_lost: 0,
-        });
-        self.resized = false;
-        self.phase = Phase::Establishing(Establishing::new(self.now, &self.timing));
-        out.save();
-        out.note(Note::Formed { generation, size: rank, causes });
+        })
+    }
+
+    /// Members that had a place and have none in the new world are told so, if they have not been before, and asked what
+    /// they hold. They and all others that are asked get as long as those that have a place.
+    fn ask_unplaced(&mut self, unplaced: Vec<MemberId>, out: &mut Out) {
+        let told = matches!(&self.phase, Phase::Forming(forming) if forming.told);
+        let over = self.record.generation;
         for member in unplaced {
-            // Who reported at the boundary knows, and who was told while there were too few does, too.
             if !told && !self.rested.contains_key(&member) {
                 out.tell(member, Message::Break { generation: over });
             }
@@ -331,9 +342,6 @@ impl Job {
         }
         let patience = self.now.after(self.timing.establish);
         self.unheard.values_mut().for_each(|until| *until = patience);
-        for (index, member) in chosen.iter().enumerate() {
-            self.tell_world(*member, index as u32, out);
-        }
     }
 
     /// Gives the chosen members their places. Returns those who had one and have none any more.

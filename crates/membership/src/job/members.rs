@@ -7,6 +7,7 @@ use crate::event::{Join, Message};
 use crate::holding::Holding;
 use crate::ids::{Generation, MemberId, MemberName, Rank, Step, Timestamp};
 use crate::reason::{Cause, Departure, Drain, Note, Refusal};
+use crate::record::Stage;
 use crate::world::Peer;
 
 /// How far ahead of the store a returning member's generation may be: a store that was put back from a backup has
@@ -20,7 +21,9 @@ impl Job {
             return;
         }
         let told = join.history.map_or(Generation(0), |_| join.generation);
-        if told > self.record.generation {
+        // Nobody is told to go before that is saved: who was told so knows more than this store, too.
+        let went = join.running && told == self.record.generation && self.record.stage == Stage::Published;
+        if told > self.record.generation || went {
             self.store_rolled_back(told, out);
         }
         let is_new = !self.members.contains_key(&member);
@@ -42,7 +45,7 @@ impl Job {
     /// What a member that has come, or come back, makes possible. A repeated join changes nothing (rule M-9).
     fn after_attach(&mut self, member: MemberId, is_new: bool, out: &mut Out) {
         self.release_if_drained(member, out);
-        let seated = self.is_seated(member);
+        let Some(seated) = self.members.get(&member).map(|m| m.seat.is_some()) else { return };
         match &mut self.phase {
             Phase::Forming(forming) => {
                 if is_new {
@@ -121,7 +124,7 @@ impl Job {
                 arrival: self.arrivals,
                 stream: Stream::Up,
                 lease: self.now,
-                heard: join.generation,
+                heard: Generation(0),
                 seat: None,
                 step: Step(0),
             },
@@ -140,6 +143,9 @@ impl Job {
             Phase::Closed(_) => {}
         }
         self.record.generation = seen;
+        // Its other members are yet to show themselves, and may hold newer states than those that the record knows of.
+        self.blind_until = self.now.after(self.timing.takeover);
+        self.took_over_run = false;
         out.save();
     }
 
@@ -175,9 +181,10 @@ impl Job {
     }
 
     /// A member without a place that was in a world may hold the newest state. It was told that its world is over, and
-    /// says what it holds as soon as its program rests.
+    /// says what it holds as soon as its program rests. Who never heard of a world has nothing to say.
     pub(super) fn ask_what_it_holds(&mut self, member: MemberId) {
-        if !self.rested.contains_key(&member) {
+        let in_a_world = self.members.get(&member).is_some_and(|m| m.heard > Generation(0));
+        if in_a_world && !self.rested.contains_key(&member) {
             let until = self.now.after(self.timing.establish);
             self.unheard.entry(member).or_insert(until);
         }
@@ -293,7 +300,7 @@ impl Job {
         if self.record.drains.insert(member, drain) != Some(drain) {
             out.save();
         }
-        self.release_drained(out);
+        self.release_if_drained(member, out);
         match self.phase {
             Phase::Running(_) => self.review(true, out),
             Phase::Forming(_) => self.try_form(out),

@@ -159,6 +159,10 @@ impl Job {
     /// a fault of the network or of the receiver: then it gets a second chance.
     fn doubt(&mut self, culprit: MemberId) {
         let Phase::Restoring(restoring) = &self.phase else { return };
+        if !self.members.contains_key(&culprit) {
+            // It is gone, and no source any more.
+            return;
+        }
         let resume = restoring.resume;
         let held = restoring.held_for_sure();
         self.distrusted.insert(culprit);

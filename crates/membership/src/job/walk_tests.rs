@@ -5,15 +5,20 @@
 //! | file | what it is |
 //! |---|---|
 //! | `process.rs` | one honest worker |
-//! | `model.rs` | the world around the job, and what can happen in it |
+//! | `model.rs` | the world around the job, and what follows from what happens |
+//! | `choices.rs` | what can happen, and how much of it may |
+//! | `ring.rs` | steps and breaks of a ring, of which the coordinator sees nothing |
 //! | `rules.rs` | the rules as checks |
 //! | `canonical.rs` | one form for states that differ in nothing that matters |
 //!
-//! `REKNIT_WALK=deep cargo test --release -p reknit-membership walk -- --nocapture` walks much further.
+//! Any other walk, for as long as it takes:
+//! `REKNIT_WALK='places=4 deaths=2 crashes=1 steps=2' cargo test -p reknit-membership environment -- --nocapture`
 
 mod canonical;
+mod choices;
 mod model;
 mod process;
+mod ring;
 mod rules;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -22,7 +27,9 @@ use std::hash::{Hash, Hasher};
 use super::{Job, Phase};
 use crate::reason::Waiting;
 use crate::spec::Spec;
-use model::{Action, Budget, Crash, Model, Setting};
+use crate::world::select;
+use choices::{Action, Budget, Crash, Setting};
+use model::Model;
 
 /// 128 bits of a state: two lanes that mix differently.
 #[derive(Default)]
@@ -169,7 +176,10 @@ impl Walk {
         }
         let mut model = Model::new(&self.setting);
         for (number, (action, crash)) in path.iter().enumerate() {
-            println!("{number:3} {action:?} {}", if *crash == Crash::None { String::new() } else { format!("{crash:?}") });
+            println!(
+                "{number:3} {action:?} {}",
+                if *crash == Crash::None { String::new() } else { format!("{crash:?}") }
+            );
             if number >= path.len().saturating_sub(then.len()) {
                 model.budget = if then.len() > 1 { Budget::default() } else { model.budget };
             }
@@ -212,20 +222,20 @@ fn is_well(model: &Model) -> bool {
     if !model.is_quiet() {
         return false;
     }
-    let healthy: Vec<_> = model.processes.iter().filter(|p| p.alive).collect();
-    let willing = healthy.iter().filter(|p| !job.record.drains.contains_key(&p.id)).count() as u32;
-    let fit = willing.min(job.record.spec.max) / job.record.spec.unit * job.record.spec.unit;
+    // Everybody who lives has a stream by now, so these are all who could be in a world.
+    let chosen = select(&job.record.spec, &job.candidates()).ok();
+    let runs = |member| model.processes.iter().any(|p| p.id == member && p.runs(job.record.generation));
     match (&job.phase, job.waiting()) {
         (Phase::Closed(_), _) => true,
         (Phase::Running(_), Waiting::Nothing) => {
-            let run = |p: &&process::Process| p.runs(job.record.generation);
-            let all = job.seated().all(|m| model.processes.iter().any(|p| p.id == m && p.runs(job.record.generation)));
-            // Whoever would like to run and could does.
-            all && (healthy.iter().filter(|p| run(p)).count() as u32 >= fit.min(job.roster.size.0))
+            // Whoever has a place runs, and whoever could have one has one; a world that has become smaller than the
+            // bounds allow runs on.
+            job.seated().all(runs) && chosen.is_none_or(|chosen| chosen.into_iter().eq(job.seated()))
         }
-        (Phase::Forming(_), Waiting::BelowMin { .. } | Waiting::UnitRemainder { .. }) => fit < job.record.spec.min,
+        (Phase::Forming(_), Waiting::BelowMin { .. } | Waiting::UnitRemainder { .. }) => chosen.is_none(),
         (Phase::Forming(_), Waiting::Unrestorable { .. }) => {
-            healthy.iter().all(|p| p.held == process::Held::Torn) && job.record.commits.is_empty()
+            let torn = |p: &process::Process| !p.alive || p.held == process::Held::Torn;
+            model.processes.iter().all(torn) && job.record.commits.is_empty()
         }
         (Phase::Forming(_) | Phase::Establishing(_) | Phase::Restoring(_) | Phase::Running(_), _) => false,
     }
@@ -238,6 +248,7 @@ const SETTING: Setting = Setting {
     places: 3,
     started: 3,
     strangers: false,
+    wide: false,
     resize_to: (1, 2),
     last_step: None,
     budget: Budget {
@@ -245,9 +256,13 @@ const SETTING: Setting = Setting {
         starts: 0,
         blips: 0,
         hangs: 0,
+        lags: 0,
         links: 0,
         crashes: 0,
+        backups: 0,
+        rollbacks: 0,
         fails: 0,
+        leaves: 0,
         notices: 0,
         drains: 0,
         evictions: 0,
@@ -260,8 +275,123 @@ const SETTING: Setting = Setting {
     },
 };
 
+/// `deaths=2 crashes=1 places=4 min=2`: a setting as the environment spells it.
+fn spelled(text: &str) -> Setting {
+    let mut setting = SETTING;
+    for word in text.split_whitespace() {
+        let (key, value) = word.split_once('=').expect("key=value");
+        let value: u8 = value.parse().expect("a small number");
+        let budget = &mut setting.budget;
+        match key {
+            "places" => setting.places = usize::from(value),
+            "started" => setting.started = usize::from(value),
+            "strangers" => setting.strangers = value > 0,
+            "wide" => setting.wide = value > 0,
+            "min" => setting.spec.min = u32::from(value),
+            "max" => setting.spec.max = u32::from(value),
+            "unit" => setting.spec.unit = u32::from(value),
+            "to_min" => setting.resize_to.0 = u32::from(value),
+            "to_max" => setting.resize_to.1 = u32::from(value),
+            "last_step" => setting.last_step = Some(u64::from(value)),
+            "deaths" => budget.deaths = value,
+            "starts" => budget.starts = value,
+            "blips" => budget.blips = value,
+            "hangs" => budget.hangs = value,
+            "lags" => budget.lags = value,
+            "links" => budget.links = value,
+            "crashes" => budget.crashes = value,
+            "backups" => budget.backups = value,
+            "rollbacks" => budget.rollbacks = value,
+            "fails" => budget.fails = value,
+            "leaves" => budget.leaves = value,
+            "notices" => budget.notices = value,
+            "drains" => budget.drains = value,
+            "undrains" => budget.undrains = value,
+            "evictions" => budget.evictions = value,
+            "resizes" => budget.resizes = value,
+            "saves" => budget.saves = value,
+            "steps" => budget.steps = value,
+            "hurries" => budget.hurries = value,
+            "generations" => budget.generations = u64::from(value),
+            _ => panic!("no such budget: {key}"),
+        }
+    }
+    setting
+}
+
+fn walk(settings: &[&str]) {
+    for setting in settings {
+        Walk::new(spelled(setting)).run(setting);
+    }
+}
+
 #[test]
-fn three_members_that_die_and_come_back() {
-    let budget = Budget { deaths: 1, starts: 1, ..SETTING.budget };
-    Walk::new(Setting { budget, ..SETTING }).run("three members, deaths");
+fn a_walk_that_the_environment_asks_for() {
+    if let Ok(setting) = std::env::var("REKNIT_WALK") {
+        walk(&[&setting]);
+    }
+}
+
+#[test]
+fn three_members_die_and_come_back() {
+    walk(&["deaths=2", "deaths=1 starts=1", "min=2 deaths=1 starts=1", "last_step=1 deaths=1 starts=1"]);
+}
+
+#[test]
+fn three_members_lose_their_streams_or_are_slow() {
+    walk(&["blips=1 deaths=1", "lags=1 deaths=1", "hurries=1 deaths=1"]);
+}
+
+#[test]
+fn three_members_fall_silent_or_cannot_reach_each_other() {
+    walk(&["hangs=1 steps=2", "places=2 started=2 hangs=1 steps=3", "links=3 generations=6"]);
+}
+
+#[test]
+fn three_members_outlive_their_coordinator() {
+    walk(&[
+        "crashes=2",
+        "crashes=1 deaths=1",
+        "crashes=1 blips=1",
+        "places=2 started=2 hangs=1 crashes=1 steps=3",
+    ]);
+}
+
+#[test]
+fn three_members_outlive_a_store_that_is_put_back() {
+    walk(&["rollbacks=1", "rollbacks=1 backups=1"]);
+}
+
+#[test]
+fn three_members_are_drained_and_evicted_and_their_bounds_change() {
+    walk(&[
+        "drains=1 deaths=1",
+        "drains=1 crashes=1",
+        "drains=1 undrains=1 min=3",
+        "resizes=1 deaths=1",
+        "resizes=1 crashes=1",
+        "evictions=1 crashes=1 starts=1",
+        "notices=1 min=2 deaths=1",
+    ]);
+}
+
+#[test]
+fn three_members_restore_and_save_and_fail_to() {
+    walk(&[
+        "fails=2 deaths=1 starts=1",
+        "fails=1 crashes=1 strangers=1 steps=0",
+        "saves=1 deaths=1",
+        "saves=1 crashes=1",
+        "places=2 started=2 saves=1 fails=2 deaths=1 starts=1",
+    ]);
+}
+
+#[test]
+fn four_members_die() {
+    walk(&["places=4 started=4 max=4 deaths=1"]);
+}
+
+#[test]
+fn four_members_of_which_two_or_three_run() {
+    walk(&["places=4 started=4 max=4 unit=2 deaths=1", "places=4 started=4 max=3 deaths=1"]);
 }

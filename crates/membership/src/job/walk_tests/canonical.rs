@@ -5,7 +5,8 @@ use super::model::{EPOCH, Model, timing};
 use super::process::{Held, Node};
 use crate::ids::{Generation, Step, Timestamp};
 use crate::job::{Job, MemberId, Phase};
-use crate::record::JobRecord;
+use crate::reason::{Cause, Departure};
+use crate::record::{JobRecord, WorldChange};
 
 /// `at` on a clock that shows [`EPOCH`] when the old one shows `now`; all that is past is now.
 pub(super) fn future(at: Timestamp, now: Timestamp) -> Timestamp {
@@ -21,14 +22,15 @@ fn recent(at: Timestamp, now: Timestamp) -> Timestamp {
     Timestamp(EPOCH.0 - u64::try_from(ago.as_micros()).expect("a few seconds"))
 }
 
-pub(super) fn job(job: &mut Job) {
+pub(super) fn job(job: &mut Job, speakers: &[MemberId]) {
     let now = job.now;
     job.each_deadline(&mut |at| *at = future(*at, now));
     job.takeover_until = if job.takeover_until <= now { EPOCH } else { job.takeover_until };
     job.blind_until = if job.blind_until <= now { EPOCH } else { job.blind_until };
     match &mut job.phase {
         Phase::Forming(forming) => {
-            (forming.learned, forming.stopped) = (Timestamp(0), Timestamp(0));
+            (forming.learned, forming.stopped, forming.before) = (Timestamp(0), Timestamp(0), 0);
+            forming.causes = canonical_causes(&forming.causes);
             if let Some(call) = &mut forming.last_call {
                 (call.at_most, call.until) = (future(call.at_most, now), future(call.until, now));
             }
@@ -50,28 +52,70 @@ pub(super) fn job(job: &mut Job) {
         if let Some(m) = job.members.get_mut(id) {
             m.arrival = arrival as u64;
             m.step = Step(0);
-            m.heard = if m.heard < job.record.generation { Generation(0) } else { job.record.generation };
+            // What counts is whether it has heard of the last world, or of any.
+            let last = job.record.generation;
+            m.heard = if m.heard >= last { last } else { m.heard.min(Generation(1)) };
         }
     }
     job.arrivals = order.len() as u64;
     job.top_step = Step(0);
-    record(&mut job.record, now);
+    job.grudges.clear();
+    record(&mut job.record, now, speakers);
     job.now = EPOCH;
 }
 
-pub(super) fn record(record: &mut JobRecord, now: Timestamp) {
-    let stamp = |at: &mut Option<Timestamp>| *at = at.map(|_| Timestamp(0));
+pub(super) fn record(record: &mut JobRecord, now: Timestamp, speakers: &[MemberId]) {
+    // Worlds that never ran left no states; of the others only what they ran from counts.
+    let last = record.changes.back().map(|change| change.generation);
+    record.changes.retain(|change| change.restored.is_some() || Some(change.generation) == last);
     for change in &mut record.changes {
-        (change.learned, change.stopped, change.steps_lost) = (Timestamp(0), Timestamp(0), 0);
-        stamp(&mut change.agreed);
-        stamp(&mut change.rebuilt);
-        stamp(&mut change.restored);
-        stamp(&mut change.first_step);
+        let (generation, causes) = (change.generation, canonical_causes(&change.causes));
+        let (restored, resume, source) =
+            (change.restored.map(|_| Timestamp(0)), change.resume, change.source);
+        *change = WorldChange {
+            generation,
+            causes,
+            before: 0,
+            after: 0,
+            learned: Timestamp(0),
+            stopped: Timestamp(0),
+            agreed: None,
+            rebuilt: None,
+            restored,
+            first_step: None,
+            resume,
+            source,
+            steps_lost: 0,
+        };
     }
+    record.source = None;
+    record.departed.retain(|(member, _)| speakers.contains(member));
+    record.departed.make_contiguous().sort_by_key(|(member, _)| *member);
     record.commits.iter_mut().for_each(|commit| commit.at = Timestamp(0));
     for drain in record.drains.values_mut() {
         drain.deadline = drain.deadline.map(|at| future(at, now));
     }
+}
+
+/// What the core asks of causes: whether somebody was lost, whether the last was a link, whether the store fell back.
+fn canonical_causes(causes: &[Cause]) -> Vec<Cause> {
+    let mut kept: Vec<Cause> = Vec::new();
+    for cause in causes {
+        let cause = match cause {
+            Cause::Lost { .. } => Cause::Lost { name: super::model::name(0), how: Departure::Died },
+            Cause::LinkBroken | Cause::StoreRolledBack | Cause::Diverged | Cause::Unrestored => cause.clone(),
+            Cause::Formed
+            | Cause::Joined { .. }
+            | Cause::Notice { .. }
+            | Cause::Drain { .. }
+            | Cause::Resized => {
+                continue;
+            }
+        };
+        kept.retain(|known| *known != cause);
+        kept.push(cause);
+    }
+    kept
 }
 
 /// Drops states that nobody holds and that no held one comes from, and numbers the others in their order.
@@ -82,7 +126,10 @@ pub(super) fn truth(model: &mut Model) {
     model.written.retain(|key, _| {
         let (generation, step) = *key;
         model.saved.commits.iter().chain(&model.job.record.commits).any(|c| c.key() == *key)
-            || model.processes.iter().any(|p| p.saves.iter().any(|s| (s.generation, s.step) == (generation, step)))
+            || model
+                .processes
+                .iter()
+                .any(|p| p.saves.iter().any(|s| (s.generation, s.step) == (generation, step)))
             || model.job.saving.is_some()
     });
     let written = model.written.values().map(|written| written.state);
@@ -99,7 +146,9 @@ pub(super) fn truth(model: &mut Model) {
         needed[node] |= truth.parent.is_none();
     }
     let mut order: Vec<Node> = (0..needed.len()).filter(|node| needed[*node]).collect();
-    order.sort_by_key(|node| (model.truth[*node].parent.is_some(), model.truth[*node].world, model.truth[*node].step));
+    order.sort_by_key(|node| {
+        (model.truth[*node].parent.is_some(), model.truth[*node].world, model.truth[*node].step)
+    });
     let mut number = vec![usize::MAX; needed.len()];
     order.iter().enumerate().for_each(|(new, old)| number[*old] = new);
     let renumbered = |node: &mut Node| *node = number[*node];

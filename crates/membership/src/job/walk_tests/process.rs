@@ -39,7 +39,9 @@ impl Held {
     pub(super) fn serves(self, resume: Resume) -> bool {
         match self {
             Held::Fresh(_) => resume.step == Step(0),
-            Held::At(held, _) => held == resume || (held.step == resume.step && resume.lineage > held.lineage),
+            Held::At(held, _) => {
+                held == resume || (held.step == resume.step && resume.lineage > held.lineage)
+            }
             Held::Torn => false,
         }
     }
@@ -51,6 +53,8 @@ pub(super) struct World {
     pub(super) generation: Generation,
     pub(super) rank: Rank,
     pub(super) seats: u32,
+    /// Digest of the whole roster.
+    pub(super) roster: u64,
     pub(super) prev: (MemberId, Rank),
     pub(super) next: (MemberId, Rank),
     pub(super) ready_due: bool,
@@ -137,6 +141,8 @@ pub(super) struct Process {
     pub(super) stream: bool,
     /// A stream of the process that was here before, whose end nobody has noticed.
     pub(super) ghost: Option<MemberId>,
+    /// Whether it is slow to take in what it is told; else it does so at once.
+    pub(super) lags: bool,
     pub(super) inbox: VecDeque<Message>,
     pub(super) history: Option<HistoryId>,
     pub(super) world: Option<World>,
@@ -163,6 +169,7 @@ impl Process {
     /// Whatever is so and still waits for an answer is said again on a new stream.
     pub(super) fn attached(&mut self) {
         self.stream = true;
+        self.lags = false;
         self.inbox.clear();
         for save in &mut self.saves {
             save.shard_due = true;
@@ -170,7 +177,9 @@ impl Process {
         }
         if let Some(world) = &mut self.world {
             match &mut world.halt {
-                Some(Halt::Broken { due, .. } | Halt::Boundary { due } | Halt::Finished { due }) => *due = true,
+                Some(Halt::Broken { due, .. } | Halt::Boundary { due } | Halt::Finished { due }) => {
+                    *due = true
+                }
                 Some(Halt::Told) | None => {}
             }
         }
@@ -203,6 +212,7 @@ impl Process {
                     generation: place.generation,
                     rank: place.rank,
                     seats: place.seats,
+                    roster: place.roster,
                     prev: (place.prev.member, place.prev.rank),
                     next: (place.next.member, place.next.rank),
                     ready_due: true,
@@ -254,6 +264,12 @@ impl Process {
         }
     }
 
+    pub(super) fn takes_in(&mut self, new_id: MemberId) {
+        while let Some(message) = self.inbox.pop_front() {
+            self.told(message, new_id);
+        }
+    }
+
     fn world_of(&mut self, generation: Generation) -> Option<&mut World> {
         self.world.as_mut().filter(|world| world.generation == generation)
     }
@@ -279,6 +295,7 @@ impl Process {
     pub(super) fn dies(&mut self) {
         self.alive = false;
         self.hung = false;
+        self.lags = false;
         self.inbox.clear();
         self.world = None;
         self.saves.clear();
@@ -290,10 +307,15 @@ impl Process {
     pub(super) fn word(&self) -> Option<Word> {
         if let Some(world) = &self.world {
             match world.halt {
-                Some(Halt::Broken { due: true, .. } | Halt::Boundary { due: true } | Halt::Finished { due: true }) => {
+                Some(
+                    Halt::Broken { due: true, .. }
+                    | Halt::Boundary { due: true }
+                    | Halt::Finished { due: true },
+                ) => {
                     return Some(Word::Halt);
                 }
-                Some(Halt::Broken { .. } | Halt::Boundary { .. } | Halt::Finished { .. } | Halt::Told) | None => {}
+                Some(Halt::Broken { .. } | Halt::Boundary { .. } | Halt::Finished { .. } | Halt::Told)
+                | None => {}
             }
             let plan = world.plan.as_ref();
             // While it moves state, its program is not at rest.

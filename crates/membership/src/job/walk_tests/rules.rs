@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::choices::Setting;
 use super::model::{Model, Written};
 use super::process::{Held, Node};
 use crate::event::{Effect, Event, Message, Transition};
 use crate::ids::{Generation, MemberId, Rank, Step};
 use crate::job::{Job, Phase, Stream};
-use crate::reason::{Cause, Departure, Refusal, Waiting};
+use crate::reason::{Cause, Departure, Note, Refusal, Waiting};
 use crate::record::{JobRecord, Stage};
 
 type Checked = Result<(), String>;
@@ -22,13 +23,23 @@ pub(super) fn descends(model: &Model, node: Node, from: Node) -> bool {
 }
 
 /// Whatever a transition says and saves, measured against the world before it.
-pub(super) fn check_transition(before: &Model, event: &Event, t: &Transition, job: &Job) -> Checked {
+pub(super) fn check_transition(
+    before: &Model,
+    event: &Event,
+    t: &Transition,
+    job: &Job,
+    setting: &Setting,
+) -> Checked {
     let durable: &JobRecord = t.save.as_ref().unwrap_or(&before.saved);
     check_record(before, durable)?;
     for effect in &t.then {
         if let Effect::Tell { member, message } = effect {
             check_told(before, durable, *member, message)?;
         }
+    }
+    let b = &setting.budget;
+    if b.hurries == 0 && b.fails == 0 && b.links == 0 {
+        check_innocents(before, t)?;
     }
     check_strangers(before, event, t, job)?;
     check_spare(before, event, t, job)?;
@@ -40,7 +51,9 @@ pub(super) fn check_transition(before: &Model, event: &Event, t: &Transition, jo
     if let Some(commit) = news.filter(|_| durable.commits.len() >= before.saved.commits.len()) {
         let written = before.written.get(&commit.key());
         let whole = |written: &Written| written.parts.values().all(|said| *said);
-        rule(written.is_some_and(whole), "M-14", || format!("{commit:?} was committed without all its parts"))?;
+        rule(written.is_some_and(whole), "M-14", || {
+            format!("{commit:?} was committed without all its parts")
+        })?;
     }
     check_waiting(event, job)?;
     check_indices(job)
@@ -69,7 +82,11 @@ fn check_record(before: &Model, record: &JobRecord) -> Checked {
     let unplanned = causes.iter().any(|cause| {
         matches!(
             cause,
-            Cause::Lost { .. } | Cause::LinkBroken | Cause::Diverged | Cause::Unrestored | Cause::StoreRolledBack
+            Cause::Lost { .. }
+                | Cause::LinkBroken
+                | Cause::Diverged
+                | Cause::Unrestored
+                | Cause::StoreRolledBack
         )
     });
     // Of a planned change everybody has heard at the boundary: no rank runs on in the old world.
@@ -86,15 +103,17 @@ fn check_told(before: &Model, durable: &JobRecord, member: MemberId, message: &M
             let stage = matches!(durable.stage, Stage::Published | Stage::Running);
             let world = durable.world.as_ref().filter(|world| world.generation == place.generation);
             let index = world.and_then(|world| world.seats.iter().position(|seat| seat.member == member));
-            let same = world.zip(index).is_some_and(|(world, seat)| {
-                *place == world.place(seat, world.roster(), place.renew_every)
-            });
+            let same = world
+                .zip(index)
+                .is_some_and(|(world, seat)| *place == world.place(seat, world.roster(), place.renew_every));
             rule(stage && live(place.generation) && same, "M-5", told)
         }
         Message::Plan(plan) => rule(live(plan.generation) && durable.stage == Stage::Published, "M-5", told),
-        Message::Go { generation, resume } => {
-            rule(live(*generation) && durable.stage == Stage::Running && durable.resume == *resume, "M-5", told)
-        }
+        Message::Go { generation, resume } => rule(
+            live(*generation) && durable.stage == Stage::Running && durable.resume == *resume,
+            "M-5",
+            told,
+        ),
         Message::Boundary { generation } | Message::SaveNow { generation } => {
             rule(live(*generation) && durable.stage == Stage::Running, "M-5", told)
         }
@@ -106,12 +125,28 @@ fn check_told(before: &Model, durable: &JobRecord, member: MemberId, message: &M
             rule(!seated || durable.departure(member) == Some(*how), "M-5", told)
         }
         Message::Break { generation } => {
-            let seat = durable.world.as_ref().filter(|w| w.generation <= *generation).and_then(|w| w.seat(member));
+            let seat =
+                durable.world.as_ref().filter(|w| w.generation <= *generation).and_then(|w| w.seat(member));
             let lives = matches!(durable.stage, Stage::Published | Stage::Running);
             rule(*generation <= durable.generation && !(lives && seat.is_some()), "M-5", told)
         }
         Message::Attached { .. } | Message::Refused(_) | Message::Publish { .. } => Ok(()),
     }
+}
+
+/// Nobody is struck off who lives, has a stream and does in time what it is asked to.
+fn check_innocents(before: &Model, t: &Transition) -> Checked {
+    for effect in &t.then {
+        let Effect::Note(Note::Departed { member, how, .. }) = effect else { continue };
+        let asked_for = match how {
+            Departure::Died | Departure::Silent | Departure::Gone | Departure::Unready => false,
+            Departure::Unrestored | Departure::Stuck | Departure::Unreachable | Departure::Diverged => false,
+            Departure::Replaced { .. } | Departure::Left | Departure::Drained | Departure::Evicted => true,
+        };
+        let well = before.processes.iter().any(|p| p.id == *member && p.acts() && p.stream);
+        rule(asked_for || !well, "innocent", || format!("{member:?} is struck off: {how}"))?;
+    }
+    Ok(())
 }
 
 /// Rule M-8: who is no member changes nothing.
@@ -137,7 +172,9 @@ fn check_strangers(before: &Model, event: &Event, t: &Transition, job: &Job) -> 
         return Ok(());
     }
     let same = Job { now: before.job.now, ..job.clone() } == before.job;
-    rule(t.save.is_none() && same, "M-8", || format!("{member:?} is no member, but {event:?} changed the job"))
+    rule(t.save.is_none() && same, "M-8", || {
+        format!("{member:?} is no member, but {event:?} changed the job")
+    })
 }
 
 /// Rule M-12: a joiner for whom there is no room disturbs nobody.
@@ -163,6 +200,8 @@ fn check_go(before: &Model, record: &JobRecord) -> Checked {
     let seated: BTreeSet<MemberId> = world.seats.iter().map(|seat| seat.member).collect();
     let mut chosen = None;
     for p in before.processes.iter().filter(|p| p.alive && seated.contains(&p.id)) {
+        let ready = p.generation() == record.generation;
+        rule(ready, "M-6", || format!("{:?} has not built the world that goes", p.id))?;
         let node = p.held.node().ok_or_else(|| format!("M-6: {:?} goes with a torn state", p.id))?;
         rule(before.truth[node].step == resume.step, "M-6", || format!("{:?} is at another step", p.id))?;
         let same = *chosen.get_or_insert(node) == node;
@@ -173,7 +212,10 @@ fn check_go(before: &Model, record: &JobRecord) -> Checked {
         None => true,
     };
     for p in before.processes.iter().filter(|p| p.alive) {
+        // Whoever is let go at this instant still counts, but not who loses its lease at it.
+        let holds_lease = matches!(record.departure(p.id), None | Some(Departure::Drained));
         let counts = before.job.members.contains_key(&p.id)
+            && holds_lease
             && !before.job.distrusted.contains(&p.id)
             // Who comes back as somebody else has lost its lease: what it holds is asked for only if it has a place.
             && (seated.contains(&p.id) || !p.came_back);
@@ -181,7 +223,8 @@ fn check_go(before: &Model, record: &JobRecord) -> Checked {
         let lost = counts && present(node) && before.truth[node].step > resume.step;
         rule(!lost, "M-7", || format!("{:?} holds step {}, {resume:?} goes", p.id, before.truth[node].step))?;
     }
-    let readable = before.saved.commits.iter().filter(|commit| !before.job.unreadable.contains(&commit.key()));
+    let readable =
+        before.saved.commits.iter().filter(|commit| !before.job.unreadable.contains(&commit.key()));
     let newest = readable.map(|commit| commit.step).max().unwrap_or(Step(0));
     rule(newest <= resume.step, "M-7", || format!("{newest:?} is committed, {resume:?} goes"))
 }
@@ -198,7 +241,8 @@ fn check_waiting(event: &Event, job: &Job) -> Checked {
     rule(!stands, "M-11", || format!("{:?} is due again at once", job.waiting()))?;
     if let Phase::Forming(_) = job.phase {
         let reason = job.waiting();
-        let left = matches!(reason, Waiting::LastCall { left } | Waiting::Unrestorable { left } if left.is_zero());
+        let left =
+            matches!(reason, Waiting::LastCall { left } | Waiting::Unrestorable { left } if left.is_zero());
         rule(!left, "M-11", || format!("{reason:?} is over, and nothing follows"))?;
     }
     Ok(())
@@ -209,11 +253,13 @@ fn check_indices(job: &Job) -> Checked {
     let ids = |keep: &dyn Fn(&crate::job::Member) -> bool| -> BTreeSet<MemberId> {
         job.members.iter().filter(|(_, m)| keep(m)).map(|(id, _)| *id).collect()
     };
-    rule(job.adrift == ids(&|m| m.seat.is_some() && m.stream != Stream::Up), "index", || "adrift".to_owned())?;
+    rule(job.adrift == ids(&|m| m.seat.is_some() && m.stream != Stream::Up), "index", || {
+        "adrift".to_owned()
+    })?;
     let slots: u32 = job.members.values().map(|m| m.slots).sum();
     rule(job.slots_total == slots, "index", || "slots_total".to_owned())?;
     let names: BTreeMap<_, _> = job.members.iter().map(|(id, m)| (m.name.clone(), *id)).collect();
-    rule(job.names == names, "index", || "names".to_owned())?;
+    rule(job.names == names && names.len() == job.members.len(), "index", || "names".to_owned())?;
     let spare = |id: &MemberId| job.members.get(id).is_some_and(|m| m.seat.is_none());
     rule(job.unheard.keys().all(spare), "index", || "unheard".to_owned())?;
     rule(job.rested.keys().all(|id| job.members.contains_key(id)), "index", || "rested".to_owned())?;
