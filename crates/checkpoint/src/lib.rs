@@ -101,7 +101,9 @@ pub use newest::{CommitRef, LoadNewestError, Loaded, Warning, load_newest};
 pub use plan::{FileRead, reads, shards, stripes};
 pub use saver::{SaveError, SaveMeta, Saved, Saver, SaverOptions, Stall};
 pub use state::State;
-pub use stream::{digest_range, read_range, try_read_range, try_write_range, write_at, write_range};
+pub use stream::{
+    digest_range, read_range, split_mut, try_read_range, try_write_range, write_at, write_range,
+};
 pub use tensors::NamedTensors;
 pub use values::{Values, ValuesError};
 

@@ -30,6 +30,12 @@ pub trait State {
         None
     }
 
+    /// All tensors in place at once, in the order of [`State::tensors`], when every one of them lies in plain host memory:
+    /// lets several threads overwrite different parts of the state at the same time.
+    fn all_bytes_mut(&mut self) -> Option<Vec<&mut [u8]>> {
+        None
+    }
+
     /// The small structured values: step, seeds, schedule, data cursor.
     fn values(&self) -> Values {
         Values::new()

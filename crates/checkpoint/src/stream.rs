@@ -109,6 +109,35 @@ pub fn write_at(state: &mut dyn State, layout: &Layout, at: u64, mut bytes: &[u8
     }
 }
 
+/// The places of the bytes `ranges` of the state, so that each range can be overwritten by a thread of its own; `None` if
+/// the state is not plain host memory. The places of one range follow each other.
+///
+/// # Panics
+/// As [`read_range`], and if the ranges do not follow each other.
+pub fn split_mut<'a>(
+    state: &'a mut dyn State,
+    layout: &Layout,
+    ranges: &[ByteRange],
+) -> Option<Vec<Vec<&'a mut [u8]>>> {
+    let mut left: Vec<&mut [u8]> = state.all_bytes_mut()?;
+    left.iter().enumerate().for_each(|(tensor, bytes)| assert_whole(bytes.len(), layout, tensor));
+    // Where what is left of each tensor starts.
+    let mut starts = vec![0; left.len()];
+    let mut place = |Piece { tensor, offset, len, .. }: Piece| {
+        let skipped: u64 = offset.checked_sub(starts[tensor]).expect("ranges follow each other");
+        let (_, rest) = std::mem::take(&mut left[tensor]).split_at_mut(to_usize(skipped));
+        let (place, rest) = rest.split_at_mut(to_usize(len));
+        (left[tensor], starts[tensor]) = (rest, offset + len);
+        place
+    };
+    let mut places = |range: &ByteRange| {
+        let whole = layout.total_bytes();
+        assert!(layout.holds(*range), "bytes {range} are not within a state of {whole} bytes");
+        layout.locate(*range).map(&mut place).collect()
+    };
+    Some(ranges.iter().map(&mut places).collect())
+}
+
 /// The digest of the bytes `range` of the state, as [`crate::digest()`] gives it of the same bytes in one piece.
 ///
 /// # Panics
@@ -188,6 +217,9 @@ mod tests {
         fn bytes_mut(&mut self, tensor: usize) -> Option<&mut [u8]> {
             Some(&mut self.0.1[tensor])
         }
+        fn all_bytes_mut(&mut self) -> Option<Vec<&mut [u8]>> {
+            Some(self.0.1.iter_mut().map(Vec::as_mut_slice).collect())
+        }
     }
 
     fn states() -> (Layout, Vec<u8>, [Box<dyn State>; 2]) {
@@ -248,6 +280,33 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn ranges_that_follow_each_other_are_places_that_do_not_overlap() {
+        let (layout, mut whole, [mut device, mut host]) = states();
+        for first in 0..=19u64 {
+            for second in first..=19 {
+                let ranges = [ByteRange::new(0, first), ByteRange::new(second, 19)];
+                assert_eq!(split_mut(&mut *device, &layout, &ranges), None, "nothing is in place there");
+                let places = split_mut(&mut *host, &layout, &ranges).unwrap();
+                for (range, places) in ranges.iter().zip(places) {
+                    let mut new =
+                        whole[range.start as usize..range.end as usize].iter().map(|byte| byte ^ 0x55);
+                    places.into_iter().flatten().for_each(|byte| *byte = new.next().unwrap());
+                    assert_eq!(new.next(), None, "each byte of {range} has a place");
+                    whole[range.start as usize..range.end as usize].iter_mut().for_each(|byte| *byte ^= 0x55);
+                }
+                assert_eq!(digest_range(&*host, &layout, layout.all()), digest(&whole));
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "ranges follow each other")]
+    fn places_that_would_overlap_are_refused() {
+        let (layout, _, [_, mut host]) = states();
+        split_mut(&mut *host, &layout, &[ByteRange::new(0, 5), ByteRange::new(4, 19)]);
     }
 
     #[test]

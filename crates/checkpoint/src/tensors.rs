@@ -262,6 +262,10 @@ impl State for NamedTensors {
         Some(self.tensors.get_mut(tensor)?.1.bytes_mut())
     }
 
+    fn all_bytes_mut(&mut self) -> Option<Vec<&mut [u8]>> {
+        Some(self.tensors.iter_mut().map(|(_, data)| data.bytes_mut()).collect())
+    }
+
     fn values(&self) -> Values {
         self.values.clone()
     }

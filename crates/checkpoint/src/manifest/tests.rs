@@ -198,16 +198,8 @@ fn k_1_a_manifest_is_published_once() {
 }
 
 /// Fields that no other field of the manifest tells; of the last two the shard's file tells.
-const FREE: [&str; 8] = [
-    "written_by",
-    "job",
-    "history",
-    "step",
-    "lineage",
-    "generation",
-    "file_bytes",
-    "digest",
-];
+const FREE: [&str; 8] =
+    ["written_by", "job", "history", "step", "lineage", "generation", "file_bytes", "digest"];
 
 #[test]
 fn k_11_a_field_that_does_not_fit_the_others_is_refused() {

@@ -1,9 +1,7 @@
 //! The manifest as JSON. The text is what is digested and kept; what is read from it is checked as if a stranger had
 //! written it.
 
-use reknit_membership::{
-    BadName, Digest, Generation, HistoryId, JobId, Lineage, Rank, Step, WorldSize,
-};
+use reknit_membership::{BadName, Digest, Generation, HistoryId, JobId, Lineage, Rank, Step, WorldSize};
 use serde::{Deserialize, Serialize};
 
 use super::{Manifest, ManifestMeta, RANKS_MAX, ShardEntry, chunk_numbers, is_header_size};
