@@ -14,7 +14,7 @@ use crate::element::Element;
 use crate::form::{FormError, GroupOptions, Place, connect};
 use crate::neighbours::TcpTransport;
 use crate::reduce::ReduceOp;
-use crate::ring::{Fault, Limits, Run, Seat, drive};
+use crate::ring::{Fault, HEAD_BYTES, Limits, Run, Seat, drive};
 use crate::schedule::part;
 use crate::wake::Wake;
 use crate::watcher::{Outcome, Watcher};
@@ -52,6 +52,8 @@ struct Ring {
     staging: Vec<u8>,
     seat: Seat,
     limits: Limits,
+    /// Whether the control word travels; always, but to measure what that costs.
+    carries_word: bool,
     abort: AbortHandle,
     _attached: Attached,
 }
@@ -75,12 +77,23 @@ impl Group {
                 let aborted = Arc::new(Wake::new().map_err(system)?);
                 let attached = abort.attach(aborted.clone());
                 let watcher = Watcher::start(neighbours.clone(), aborted.clone()).map_err(system)?;
-                let staging = vec![0; options.chunk_bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)];
+                // A frame of so many chunks moves in so many pieces, its head included.
+                let staging =
+                    vec![0; HEAD_BYTES + options.chunk_bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)];
                 let seat = Seat { size, rank, prev: neighbours.prev_rank };
                 let limits = Limits { spin: options.spin, stall: options.stall };
                 let transport = TcpTransport { neighbours, aborted };
                 let abort = abort.clone();
-                Some(Ring { transport, watcher, staging, seat, limits, abort, _attached: attached })
+                Some(Ring {
+                    transport,
+                    watcher,
+                    staging,
+                    seat,
+                    limits,
+                    carries_word: true,
+                    abort,
+                    _attached: attached,
+                })
             }
         };
         Ok(Group { generation, rank, size, abort, ring, broken: None, sequence: 0, scratch: Vec::new() })
@@ -115,6 +128,15 @@ impl Group {
     pub fn on_neighbour_lost(&mut self, callback: impl FnOnce(Rank) + Send + 'static) {
         if let Some(ring) = &self.ring {
             ring.watcher.on_lost(Box::new(callback));
+        }
+    }
+
+    /// Leaves the control word out from the next collective on, or puts it back: only to measure what it costs. All
+    /// ranks must do so at the same time, no part may be empty, and the words that calls return mean nothing.
+    #[doc(hidden)]
+    pub fn carry_word(&mut self, carry: bool) {
+        if let Some(ring) = &mut self.ring {
+            ring.carries_word = carry;
         }
     }
 
@@ -276,7 +298,10 @@ impl Ring {
             Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
             None => (Vec::new(), BreakReason::Aborted),
         })?;
-        let run = Run::new(call, self.seat, input, work, &mut self.staging, word);
+        let mut run = Run::new(call, self.seat, input, work, &mut self.staging, word);
+        if !self.carries_word {
+            run = run.without_word();
+        }
         match drive(run, &mut self.transport, &self.abort, self.limits) {
             Ok(word) => {
                 self.watcher.finish(Outcome::Done);

@@ -8,7 +8,8 @@
 //! ```
 //! There is no message and no wait between steps. A frame's word is the union of all words known here when it goes out,
 //! so after `n - 1` frames everybody knows all of them. (A word that goes out in two pieces may gain flags in between.
-//! That does no harm: flags are only ever added, so each piece still holds all that are due.)
+//! That does no harm: flags are only ever added, so each piece still holds all that are due.) Zeros after the word fill a
+//! frame's head up to [`HEAD_BYTES`].
 //!
 //! What comes in for good is received straight into its place, even where an unfinished sum of this rank still lies:
 //! the final value of an element cannot arrive before this rank's share of it has gone out, for it is made of it.
@@ -30,6 +31,11 @@ use crate::word::ControlWord;
 /// How many bytes are received beyond what goes straight into its place: enough for the next words and small parts.
 const BEYOND_BYTES: usize = 4096;
 
+/// How many bytes of a frame come before its elements. The header and the word need fewer; but behind four bytes alone
+/// the system copies all elements at odd addresses, on both sides, and the all-reduce of a megabyte takes a fifth longer
+/// (`reknit bench steady` shows it).
+pub(crate) const HEAD_BYTES: usize = 64;
+
 /// How many pieces of memory one send gathers at most.
 const PIECES_MAX: usize = 4 * PIECES_A_FRAME;
 const PIECES_A_FRAME: usize = 3;
@@ -42,6 +48,8 @@ pub(crate) struct Run<'a, T> {
     prev: Rank,
     header: [u8; HEADER_BYTES],
     word: ControlWord,
+    /// Whether frames have a word; always, but to measure what that costs.
+    has_words: bool,
     /// What this rank contributes to a reduction; empty in the other collectives.
     input: &'a [T],
     /// All elements, in whatever state they are.
@@ -156,25 +164,39 @@ impl<'a, T: Element> Run<'a, T> {
         assert!(staging.len() >= HEADER_BYTES, "a header must fit the staging");
         let Seat { size, rank, prev } = seat;
         let schedule = Schedule::new(call.kind.pattern(), work.len(), size, rank);
-        let to_come =
-            (0..schedule.steps()).map(|step| frame_bytes::<T>(step, &schedule.received(step))).sum();
-        Run {
+        let mut run = Run {
             call,
             schedule,
             size,
             prev,
             header: call.header(rank),
             word,
+            has_words: true,
             input,
             work,
             staging,
             staged: 0,
-            to_come,
+            to_come: 0,
             outgoing: Cursor::default(),
             incoming: Cursor::default(),
             room: true,
             bytes: true,
-        }
+        };
+        run.to_come = run.all_received_bytes();
+        run
+    }
+
+    /// The same without the word in its stream: what comes out is this rank's own. Only to measure what the word costs,
+    /// and only if no rank's part is empty.
+    pub(crate) fn without_word(mut self) -> Run<'a, T> {
+        assert!(self.work.len() >= self.size.0 as usize, "a frame without a word must have elements");
+        self.has_words = false;
+        self.to_come = self.all_received_bytes();
+        self
+    }
+
+    fn all_received_bytes(&self) -> usize {
+        (0..self.schedule.steps()).map(|step| self.frame_bytes(step, self.schedule.received(step))).sum()
     }
 
     /// Moves what can be moved without waiting, a chunk each way at most, and says whether anything did.
@@ -218,18 +240,17 @@ impl<'a, T: Element> Run<'a, T> {
         if !self.room || self.all_sent() {
             return Ok(0);
         }
-        let word = self.word.0.to_le_bytes();
+        let mut word = [0; HEAD_BYTES];
+        word[..ControlWord::BYTES].copy_from_slice(&self.word.0.to_le_bytes());
         let mut pieces = [IoSlice::new(&[]); PIECES_MAX];
         let (mut count, mut offered) = (0, 0);
         let Cursor { mut step, mut at } = self.outgoing;
         while step < self.schedule.steps() && count + PIECES_A_FRAME <= PIECES_MAX {
-            let lead = lead(step);
+            let (lead, head) = (lead(step), self.head_bytes(step));
             let end = self.available(step).min(at + self.staging.len() - offered);
-            for (start, bytes) in [
-                (0, &self.header[..lead]),
-                (lead, &word[..]),
-                (lead + ControlWord::BYTES, self.payload(step)),
-            ] {
+            for (start, bytes) in
+                [(0, &self.header[..lead]), (lead, &word[..head - lead]), (head, self.payload(step))]
+            {
                 let from = at.saturating_sub(start).min(bytes.len());
                 let to = end.saturating_sub(start).min(bytes.len());
                 if from < to {
@@ -265,7 +286,10 @@ impl<'a, T: Element> Run<'a, T> {
         match step.checked_sub(self.incoming.step) {
             _ if step == 0 => frame(),
             None | Some(0) => frame(),
-            Some(1) => self.incoming.at.saturating_sub(lead(self.incoming.step)).min(frame()),
+            Some(1) => match self.incoming.at.checked_sub(self.head_bytes(self.incoming.step)) {
+                Some(elements) => frame().min(self.head_bytes(step) + elements),
+                None => 0,
+            },
             Some(_) => 0,
         }
     }
@@ -285,15 +309,19 @@ impl<'a, T: Element> Run<'a, T> {
             return Ok(0);
         }
         let Cursor { step, at } = self.incoming;
-        let (place, start) = (self.schedule.received(step), lead(step) + ControlWord::BYTES);
+        let (place, head) = (self.schedule.received(step), self.head_bytes(step));
         let frame = self.frame_bytes(step, place.clone());
         let chunk = self.staging.len();
-        let (direct, beyond) = if at >= start && self.schedule.action(step) == Action::Place {
+        let places = self.schedule.action(step) == Action::Place;
+        let (direct, beyond) = if places && at >= head {
             // Nothing is staged now: it would have been put in its place.
-            let rest = &mut bytemuck::cast_slice_mut(&mut self.work[place])[at - start..];
+            let rest = &mut bytemuck::cast_slice_mut(&mut self.work[place])[at - head..];
             let beyond = if rest.len() <= chunk { BEYOND_BYTES } else { 0 };
             let bytes = rest.len().min(chunk);
             (&mut rest[..bytes], beyond)
+        } else if places && at >= lead(step) && frame > BEYOND_BYTES {
+            // The head alone, so that the elements can then go straight into their place.
+            (&mut [][..], head - at - self.staged)
         } else {
             (&mut [][..], chunk)
         };
@@ -318,19 +346,22 @@ impl<'a, T: Element> Run<'a, T> {
         let mut used = 0;
         while !self.all_received() {
             let Cursor { step, at } = self.incoming;
-            let (lead, place) = (lead(step), self.schedule.received(step));
+            let (lead, head) = (lead(step), self.head_bytes(step));
+            let place = self.schedule.received(step);
             let frame = self.frame_bytes(step, place.clone());
             let staged = &self.staging[used..self.staged];
             let took = if at < lead {
                 let Some(header) = staged.first_chunk() else { break };
                 self.check(header)?;
                 HEADER_BYTES
-            } else if at < lead + ControlWord::BYTES {
+            } else if at == lead && self.has_words {
                 let Some(word) = staged.first_chunk() else { break };
                 self.word |= ControlWord(u32::from_le_bytes(*word));
                 ControlWord::BYTES
+            } else if at < head {
+                staged.len().min(head - at)
             } else {
-                let from = at - lead - ControlWord::BYTES;
+                let from = at - head;
                 let staged = &staged[..staged.len().min(frame - at)];
                 match self.schedule.action(step) {
                     Action::Place => {
@@ -373,7 +404,12 @@ impl<'a, T: Element> Run<'a, T> {
     }
 
     fn frame_bytes(&self, step: usize, part: Range<usize>) -> usize {
-        frame_bytes::<T>(step, &part)
+        self.head_bytes(step) + part.len() * size_of::<T>()
+    }
+
+    /// How many bytes of a frame come before its elements.
+    fn head_bytes(&self, step: usize) -> usize {
+        if self.has_words || step == 0 { HEAD_BYTES } else { 0 }
     }
 }
 
@@ -390,10 +426,6 @@ impl Cursor {
 /// How many bytes come before the word of a step's frame.
 fn lead(step: usize) -> usize {
     if step == 0 { HEADER_BYTES } else { 0 }
-}
-
-fn frame_bytes<T>(step: usize, part: &Range<usize>) -> usize {
-    lead(step) + ControlWord::BYTES + part.len() * size_of::<T>()
 }
 
 #[cfg(test)]

@@ -71,8 +71,8 @@ fn check_cut(world: &mut World, size: usize, len: usize, from: usize, bytes: usi
 /// How many bytes rank 0 sends in an all_reduce of `len` numbers of eight bytes each.
 fn sent_bytes(size: usize, len: usize) -> usize {
     let parts: Vec<_> = (0..size).map(|rank| len / size + usize::from(rank < len % size)).collect();
-    // Rank 0 sends every part twice, but for its own and the next rank's, which it sends once.
-    32 + 2 * (size - 1) * 4 + 8 * (2 * len - parts[0] - parts[1])
+    // Rank 0 sends every part twice, but for its own and the next rank's, which it sends once; and a head before each.
+    2 * (size - 1) * 64 + 8 * (2 * len - parts[0] - parts[1])
 }
 
 #[test]

@@ -61,6 +61,22 @@ fn an_all_reduce_gives_every_rank_the_sum_and_the_union_of_the_words() {
 }
 
 #[test]
+fn a_sum_without_the_word_is_the_same_sum() {
+    for size in [2, 3, 4] {
+        each(World::with(size, small_chunks()).form(), move |group| {
+            for (round, len) in LENS.into_iter().filter(|len| *len >= size).enumerate() {
+                group.carry_word(round % 2 == 1);
+                let mut data = numbers(index(group), len);
+                let word = group.all_reduce(&mut data, ReduceOp::Sum, own_flag(group)).unwrap();
+                assert!(data == sums(size, len), "{len} numbers in a world of {size}");
+                let expected = if round % 2 == 1 { all_flags(size) } else { own_flag(group) };
+                assert_eq!(word, expected, "{len} numbers in a world of {size}");
+            }
+        });
+    }
+}
+
+#[test]
 fn many_times_the_chunks_and_the_kernels_buffers_get_around() {
     for size in [2, 3, 5] {
         let len = 3_000_001;
