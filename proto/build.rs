@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?).join("proto");
-    let files = ["rendezvous", "inspect", "operate", "record"].map(|name| root.join(format!("reknit/v1/{name}.proto")));
+    let files = ["rendezvous", "inspect", "operate", "record"]
+        .map(|name| root.join(format!("reknit/v1/{name}.proto")));
     println!("cargo::rerun-if-changed={}", root.display());
     let descriptors = protox::compile(&files, [&root])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);

@@ -33,9 +33,9 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/reknit.
 /// The version of the protocol between members and coordinators. A join with another one is refused.
 pub const PROTOCOL: u32 = 1;
 
-mod words;
-pub mod rendezvous;
 pub mod inspect;
 pub mod record;
+pub mod rendezvous;
+mod words;
 
 pub use words::BadMessage;

@@ -55,7 +55,10 @@ pub fn encode(record: &JobRecord, secret: &SecretBytes) -> Vec<u8> {
 pub fn decode(bytes: &[u8]) -> Checked<(JobRecord, SecretBytes)> {
     let wire = v1::JobRecord::decode(bytes)?;
     if wire.format == 0 || wire.format > FORMAT {
-        let why = format!("the record has format {}, this server reads up to {FORMAT}; use a newer one", wire.format);
+        let why = format!(
+            "the record has format {}, this server reads up to {FORMAT}; use a newer one",
+            wire.format
+        );
         return wrong("format", why);
     }
     let secret = <SecretBytes>::try_from(wire.secret.as_slice());
@@ -68,8 +71,8 @@ pub fn decode(bytes: &[u8]) -> Checked<(JobRecord, SecretBytes)> {
         v1::job_record::Stage::Closed => Stage::Closed(words::closure(wire.closure)?),
     };
     let seats = wire.seats.into_iter().map(words::seat).collect::<Checked<Vec<_>>>()?;
-    let world = (wire.world_generation > 0)
-        .then_some(World { generation: Generation(wire.world_generation), seats });
+    let world =
+        (wire.world_generation > 0).then_some(World { generation: Generation(wire.world_generation), seats });
     let gone = |gone: v1::job_record::Gone| {
         Ok::<_, BadMessage>((MemberId(gone.member), words::departure(gone.how)?))
     };
@@ -85,7 +88,11 @@ pub fn decode(bytes: &[u8]) -> Checked<(JobRecord, SecretBytes)> {
         source: wire.source.map(words::source).transpose()?,
         closing: wire.closing,
         commits: wire.commits.into_iter().map(words::commit).collect::<Checked<_>>()?,
-        drains: wire.drains.into_iter().map(|(member, drain)| (MemberId(member), words::drain(drain))).collect(),
+        drains: wire
+            .drains
+            .into_iter()
+            .map(|(member, drain)| (MemberId(member), words::drain(drain)))
+            .collect(),
         departed: wire.departed.into_iter().map(gone).collect::<Checked<_>>()?,
         changes: wire.changes.into_iter().map(words::world_change).collect::<Checked<_>>()?,
     };

@@ -154,9 +154,7 @@ pub fn event(member: MemberId, wire: v1::MemberMessage, now: Timestamp) -> Check
             step: Step(m.step),
             manifest: words::digest(m.manifest)?,
         },
-        Body::Notice(m) => {
-            Event::Notice { member, deadline: now.after(Duration::from_millis(m.left_ms)) }
-        }
+        Body::Notice(m) => Event::Notice { member, deadline: now.after(Duration::from_millis(m.left_ms)) },
     })
 }
 
@@ -312,11 +310,10 @@ pub fn told(wire: v1::CoordinatorMessage) -> Checked<Told> {
                 })
                 .transpose()?,
         }),
-        Body::Go(m) => {
-            Message::Go { generation: Generation(m.generation), resume: words::resume(m.resume)? }
-        }
+        Body::Go(m) => Message::Go { generation: Generation(m.generation), resume: words::resume(m.resume)? },
         Body::Break(m) => Message::Break { generation: Generation(m.generation) },
         Body::Boundary(m) => Message::Boundary { generation: Generation(m.generation) },
+        Body::Draining(m) => Message::Draining { left: m.left_us.map(Duration::from_micros) },
         Body::SaveNow(m) => Message::SaveNow { generation: Generation(m.generation) },
         Body::Publish(m) => Message::Publish {
             generation: Generation(m.generation),
@@ -333,7 +330,10 @@ pub fn told(wire: v1::CoordinatorMessage) -> Checked<Told> {
 }
 
 /// Writes what a coordinator says. `secret` gives the secret of a generation; it is asked for worlds only.
-pub fn to_member(message: &Message, secret: impl FnOnce(Generation) -> SecretBytes) -> v1::CoordinatorMessage {
+pub fn to_member(
+    message: &Message,
+    secret: impl FnOnce(Generation) -> SecretBytes,
+) -> v1::CoordinatorMessage {
     use v1::coordinator_message::Body;
     let body = match message {
         Message::Attached { history, renew_every } => {
@@ -375,6 +375,7 @@ pub fn to_member(message: &Message, secret: impl FnOnce(Generation) -> SecretByt
         }
         Message::Break { generation } => Body::Break(v1::Break { generation: generation.0 }),
         Message::Boundary { generation } => Body::Boundary(v1::BoundaryRequest { generation: generation.0 }),
+        Message::Draining { left } => Body::Draining(v1::Draining { left_us: left.map(micros) }),
         Message::SaveNow { generation } => Body::SaveNow(v1::SaveNow { generation: generation.0 }),
         Message::Publish { generation, step, shards } => Body::Publish(v1::Publish {
             generation: generation.0,
@@ -412,10 +413,9 @@ fn refusal(wire: v1::Refused) -> Checked<Refusal> {
             theirs: words::shape(need("theirs", wire.theirs)?)?,
         },
         Kind::OtherRecipe => Refusal::OtherRecipe,
-        Kind::OtherHistory => Refusal::OtherHistory {
-            ours: HistoryId(wire.our_history),
-            theirs: HistoryId(wire.their_history),
-        },
+        Kind::OtherHistory => {
+            Refusal::OtherHistory { ours: HistoryId(wire.our_history), theirs: HistoryId(wire.their_history) }
+        }
         Kind::TooManyMembers => Refusal::TooManyMembers { limit: wire.number },
         Kind::Departed => Refusal::Departed(words::departure(wire.departure)?),
     })

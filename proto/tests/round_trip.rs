@@ -196,6 +196,8 @@ fn messages() -> Vec<Message> {
         Message::Go { generation, resume: resume() },
         Message::Break { generation },
         Message::Boundary { generation },
+        Message::Draining { left: Some(Duration::from_secs(120)) },
+        Message::Draining { left: None },
         Message::SaveNow { generation },
         Message::Publish { generation, step: Step(4), shards: vec![report(1), report(2)] },
         Message::Committed { kept: vec![commit(), commit()] },

@@ -279,6 +279,11 @@ pub enum Message {
         /// The world.
         generation: Generation,
     },
+    /// This member is to leave: at a step boundary, or when its machine is taken away if that comes first.
+    Draining {
+        /// How long it can still be expected to live; none if it stays until it is released.
+        left: Option<Duration>,
+    },
     /// Make a checkpoint at the next step boundary.
     SaveNow {
         /// The world.
@@ -315,6 +320,7 @@ impl Message {
             | Message::Go { .. }
             | Message::Break { .. }
             | Message::Boundary { .. }
+            | Message::Draining { .. }
             | Message::SaveNow { .. }
             | Message::Publish { .. }
             | Message::Committed { .. } => false,

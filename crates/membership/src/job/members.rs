@@ -40,6 +40,7 @@ impl Job {
         out.tell(member, Message::Attached { history: self.record.history, renew_every });
         self.retell(member, told, join.running, out);
         self.after_attach(member, is_new, out);
+        self.tell_draining(member, out);
     }
 
     /// What a member that has come, or come back, makes possible. A repeated join changes nothing (rule M-9).
@@ -180,6 +181,15 @@ impl Job {
         self.retell_publish(member, out);
     }
 
+    /// A member that is to leave is told so, unless it has been let go in the same breath: its program may want to do
+    /// something before.
+    fn tell_draining(&self, member: MemberId, out: &mut Out) {
+        if let Some(drain) = self.record.drains.get(&member) {
+            let left = drain.deadline.map(|at| at.since(self.now));
+            out.tell(member, Message::Draining { left });
+        }
+    }
+
     /// A member without a place that was in a world may hold the newest state. It was told that its world is over, and
     /// says what it holds as soon as its program rests. Who never heard of a world has nothing to say.
     pub(super) fn ask_what_it_holds(&mut self, member: MemberId) {
@@ -297,7 +307,8 @@ impl Job {
         let by_notice =
             drain.by_notice || self.record.drains.get(&member).is_some_and(|known| known.by_notice);
         let drain = Drain { deadline, by_notice };
-        if self.record.drains.insert(member, drain) != Some(drain) {
+        let is_news = self.record.drains.insert(member, drain) != Some(drain);
+        if is_news {
             out.save();
         }
         self.release_if_drained(member, out);
@@ -306,6 +317,9 @@ impl Job {
             Phase::Forming(_) => self.try_form(out),
             Phase::Establishing(_) => self.resume_if_ready(out),
             Phase::Restoring(_) | Phase::Closed(_) => {}
+        }
+        if is_news {
+            self.tell_draining(member, out);
         }
     }
 

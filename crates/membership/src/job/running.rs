@@ -255,8 +255,10 @@ impl Job {
         self.top_step = self.top_step.max(step);
         self.fruitless = 0;
         self.grudges.clear();
-        if let Some(change) = self.record.changes.back_mut() {
-            change.first_step.get_or_insert(self.now);
+        if let Some(change) = self.record.changes.back_mut().filter(|change| change.first_step.is_none()) {
+            // For the history alone: what a recovery cost should outlive the coordinator that saw it.
+            change.first_step = Some(self.now);
+            out.save();
         }
     }
 

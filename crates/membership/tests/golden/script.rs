@@ -347,6 +347,7 @@ impl Stage {
             | Message::Break { .. }
             | Message::Boundary { .. }
             | Message::SaveNow { .. }
+            | Message::Draining { .. }
             | Message::Publish { .. }
             | Message::Committed { .. }
             | Message::Released

@@ -109,6 +109,10 @@ impl Names<'_> {
             Message::Go { generation, resume: state } => format!("go {generation:?} from {}", resume(*state)),
             Message::Break { generation } => format!("break {generation:?}"),
             Message::Boundary { generation } => format!("boundary {generation:?}"),
+            Message::Draining { left } => match left {
+                Some(left) => format!("draining, gone in {left:?}"),
+                None => "draining".to_owned(),
+            },
             Message::SaveNow { generation } => format!("save now {generation:?}"),
             Message::Publish { generation, step, shards } => {
                 format!("publish {step:?} of {generation:?}, {} parts", shards.len())

@@ -117,6 +117,7 @@ fn check_told(before: &Model, durable: &JobRecord, member: MemberId, message: &M
         Message::Boundary { generation } | Message::SaveNow { generation } => {
             rule(live(*generation) && durable.stage == Stage::Running, "M-5", told)
         }
+        Message::Draining { .. } => rule(durable.drains.contains_key(&member), "M-5", told),
         Message::Committed { kept } => rule(*kept == durable.commits, "M-5", told),
         Message::Closed(closure) => rule(durable.stage == Stage::Closed(*closure), "M-5", told),
         Message::Released => rule(durable.departure(member) == Some(Departure::Drained), "M-5", told),
