@@ -95,7 +95,10 @@ impl Inspect for InspectService {
 
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::JobStatus, Status>> + Send>>;
 
-    async fn watch(&self, request: Request<v1::StatusRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        request: Request<v1::StatusRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         let request = request.into_inner();
         let handle = find(&self.jobs, &request.job)?;
         // One status waits at the most: a slow reader sees fewer, newer ones.

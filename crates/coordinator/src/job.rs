@@ -375,10 +375,16 @@ impl JobTask {
             {
                 return life;
             }
+            let tells = transition.then.iter().any(|effect| matches!(effect, Effect::Tell { .. }));
             for effect in transition.then {
                 events.extend(self.perform(effect));
             }
             self.changed.send_modify(|count| *count += 1);
+            if tells {
+                // When a store comes back, a backlog of events follows: whoever carries messages to members gets its turn
+                // between two of them, or a quick reader would look like a slow one (rule D-4).
+                tokio::task::yield_now().await;
+            }
         }
         Life::GoesOn
     }

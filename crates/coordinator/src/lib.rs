@@ -28,18 +28,18 @@
 
 #![forbid(unsafe_code)]
 
-pub mod config;
 pub mod clock;
-pub mod store;
-mod secret;
+pub mod config;
 pub mod counters;
+mod inspect;
 pub mod job;
 mod jobs;
-mod rendezvous;
-mod inspect;
-mod operate;
 mod listen;
+mod operate;
+mod rendezvous;
+pub mod secret;
 pub mod server;
+pub mod store;
 
 pub use config::{Config, Limits};
 pub use server::{ServeError, Server};

@@ -56,7 +56,10 @@ impl Operate for OperateService {
         self.operate(&request.job, Operation::Drain { name: member(&request.member)? }).await
     }
 
-    async fn undrain(&self, request: Request<v1::MemberRequest>) -> Result<Response<v1::OperateReply>, Status> {
+    async fn undrain(
+        &self,
+        request: Request<v1::MemberRequest>,
+    ) -> Result<Response<v1::OperateReply>, Status> {
         let request = request.into_inner();
         self.operate(&request.job, Operation::Undrain { name: member(&request.member)? }).await
     }
@@ -66,13 +69,19 @@ impl Operate for OperateService {
         self.operate(&request.job, Operation::Evict { name: member(&request.member)? }).await
     }
 
-    async fn notice(&self, request: Request<v1::NoticeRequest>) -> Result<Response<v1::OperateReply>, Status> {
+    async fn notice(
+        &self,
+        request: Request<v1::NoticeRequest>,
+    ) -> Result<Response<v1::OperateReply>, Status> {
         let request = request.into_inner();
         let deadline = self.jobs.around.clock.now().after(Duration::from_millis(request.left_ms));
         self.operate(&request.job, Operation::Notice { name: member(&request.member)?, deadline }).await
     }
 
-    async fn resize(&self, request: Request<v1::ResizeRequest>) -> Result<Response<v1::OperateReply>, Status> {
+    async fn resize(
+        &self,
+        request: Request<v1::ResizeRequest>,
+    ) -> Result<Response<v1::OperateReply>, Status> {
         let request = request.into_inner();
         self.operate(&request.job, Operation::Resize { min: request.min, max: request.max }).await
     }

@@ -70,7 +70,8 @@ impl Rendezvous for RendezvousService {
         let mut inbound = request.into_inner();
         let Introduction { job, member, join } = self.introduction(&mut inbound).await?;
         let (sender, receiver) = mpsc::channel(self.jobs.around.limits.outbound);
-        let outgoing: Outgoing = Box::pin(ReceiverStream::new(receiver).map(|message: Box<v1::CoordinatorMessage>| Ok(*message)));
+        let outgoing: Outgoing =
+            Box::pin(ReceiverStream::new(receiver).map(|message: Box<v1::CoordinatorMessage>| Ok(*message)));
         match self.jobs.open(&job, Some(join.spec)).await {
             Ok(handle) => {
                 let connection = ConnectionId(self.connections.fetch_add(1, Ordering::Relaxed));

@@ -1,11 +1,12 @@
 //! What can go wrong for a program, and what it can do about it.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use reknit_checkpoint::SaveError;
 use reknit_checkpoint::layout::LayoutError;
 use reknit_checkpoint::values::ValuesError;
-use reknit_checkpoint::SaveError;
 use reknit_collectives::ListenError;
 use reknit_membership::reason::Refusal;
 
@@ -31,6 +32,14 @@ pub enum TrainError {
         listen: SocketAddr,
         /// Why not.
         source: ListenError,
+    },
+    /// The directory of checkpoints cannot be made.
+    #[error("the directory {} of checkpoints cannot be made", dir.display())]
+    CheckpointsDir {
+        /// The directory.
+        dir: PathBuf,
+        /// Why not.
+        source: std::io::Error,
     },
     /// Checkpoints cannot be written where they should.
     #[error("checkpoints cannot be written")]

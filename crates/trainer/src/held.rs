@@ -1,8 +1,8 @@
 //! What a member's memory holds, from the first state its program made to the last step it committed.
 
 use reknit_membership::Digest;
-use reknit_membership::holding::{Holding, Resume, Shards};
 use reknit_membership::Step;
+use reknit_membership::holding::{Holding, Resume, Shards};
 
 /// What the program's state is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

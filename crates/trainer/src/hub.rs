@@ -135,6 +135,7 @@ impl Hub {
             Output::Publish { generation, step, shards } => {
                 self.tell_saves(ToSaves::Publish { generation, step, shards });
             }
+            Output::Notice { left } => self.notice_arrived(left),
             Output::Committed { kept } => self.tell_saves(ToSaves::Committed { kept }),
         }
     }
@@ -197,12 +198,16 @@ impl Hub {
         lock(&self.apart_since).map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// Tells the program, once, that its machine will be taken.
-    pub(crate) fn notice_arrived(&self, left: Duration) {
-        if let Some(callback) = &self.on_notice
+    /// Tells the program, once, that it is to leave. On a thread of its own: what a program does then may take long, or
+    /// use its handle.
+    pub(crate) fn notice_arrived(&self, left: Option<Duration>) {
+        if let Some(callback) = self.on_notice.clone()
             && !self.noticed.swap(true, Ordering::Relaxed)
         {
-            callback(Notice { left });
+            let thread = std::thread::Builder::new().name("reknit-notice".to_owned());
+            if let Err(why) = thread.spawn(move || callback(Notice { left })) {
+                tracing::error!(error = %why, "no thread for the program's notice callback");
+            }
         }
     }
 }

@@ -81,19 +81,19 @@
 
 #![forbid(unsafe_code)]
 
-pub mod options;
-pub mod trainer;
-pub mod step;
-pub mod order;
-pub mod gradient;
 pub mod error;
-pub mod session;
+pub mod gradient;
 mod held;
 mod hub;
 mod link;
-mod ring;
+pub mod options;
+pub mod order;
 mod restore;
+mod ring;
 mod saves;
+pub mod session;
+pub mod step;
+pub mod trainer;
 
 pub use error::{Interrupted, TrainError};
 pub use options::{BadOptions, Checkpoints, Notice, Options};

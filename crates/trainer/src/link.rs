@@ -43,7 +43,12 @@ enum Ended {
 }
 
 /// The link's life.
-pub(crate) fn run(hub: Arc<Hub>, coordinators: Vec<String>, job: JobId, inbox: mpsc::UnboundedReceiver<ToLink>) {
+pub(crate) fn run(
+    hub: Arc<Hub>,
+    coordinators: Vec<String>,
+    job: JobId,
+    inbox: mpsc::UnboundedReceiver<ToLink>,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
         Ok(runtime) => runtime.block_on(live(&hub, &coordinators, &job, inbox)),
@@ -160,11 +165,8 @@ async fn begin(
         .keep_alive_while_idle(true);
     let channel = endpoint.connect().await.map_err(|_| Ended::Gone)?;
     let (sender, receiver) = mpsc::channel(OUTBOUND);
-    let introduction = hub.look(|session| Introduction {
-        job: job.clone(),
-        member: session.member(),
-        join: session.join(),
-    });
+    let introduction =
+        hub.look(|session| Introduction { job: job.clone(), member: session.member(), join: session.join() });
     sender.send(rendezvous::from_introduction(&introduction)).await.map_err(|_| Ended::Gone)?;
     let mut client = RendezvousClient::new(channel);
     let attended = client.attend(ReceiverStream::new(receiver));

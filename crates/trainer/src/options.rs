@@ -10,11 +10,12 @@ use reknit_membership::{BadName, JobId, MemberName};
 
 use crate::order::DataOrder;
 
-/// A warning that this process's machine will be taken away.
+/// A warning that this worker is to leave: the cloud will take its machine, or an operator drains it. The library lets it
+/// take part until the next step boundary; [`crate::Trainer::next_step`] then returns no step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Notice {
-    /// How long it can still be expected to live.
-    pub left: Duration,
+    /// How long its machine can still be expected to live; none if it stays until the worker has left.
+    pub left: Option<Duration>,
 }
 
 /// Called when a notice arrives, from a thread of the library's own.
@@ -75,7 +76,9 @@ impl Options {
     /// [`BadOptions`] if a name or an address is none, or if the order is empty.
     pub fn new(coordinator: &str, job: &str, order: DataOrder) -> Result<Options, BadOptions> {
         let coordinators: Vec<String> = coordinator.split(',').map(|c| c.trim().to_owned()).collect();
-        if let Some(bad) = coordinators.iter().find(|c| tonic::transport::Endpoint::from_shared((*c).clone()).is_err()) {
+        if let Some(bad) =
+            coordinators.iter().find(|c| tonic::transport::Endpoint::from_shared((*c).clone()).is_err())
+        {
             return Err(BadOptions::Coordinator(bad.clone()));
         }
         if order.dataset == 0 || order.global_batch == 0 {
@@ -134,7 +137,12 @@ impl Options {
     ///
     /// # Errors
     /// [`BadOptions`] if `every` or `keep` is zero.
-    pub fn checkpoints(mut self, dir: impl Into<PathBuf>, every: u64, keep: u32) -> Result<Options, BadOptions> {
+    pub fn checkpoints(
+        mut self,
+        dir: impl Into<PathBuf>,
+        every: u64,
+        keep: u32,
+    ) -> Result<Options, BadOptions> {
         if every == 0 {
             return Err(BadOptions::NeverCheckpoints);
         }
@@ -158,7 +166,7 @@ impl Options {
         self
     }
 
-    /// Calls `callback` when a notice arrives for this worker.
+    /// Calls `callback`, once and on a thread of its own, when this worker is to leave.
     pub fn on_notice(mut self, callback: impl Fn(Notice) + Send + Sync + 'static) -> Options {
         self.on_notice = Some(Arc::new(callback));
         self

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use reknit_checkpoint::manifest::{Manifest, ManifestMeta, PublishError, publish_manifest};
 use reknit_checkpoint::{
-    CommitRef, Layout, SaveError, SaveMeta, Saved, Saver, SaverOptions, ShardReport as PartReport, Stall, State,
-    retain,
+    CommitRef, Layout, SaveError, SaveMeta, Saved, Saver, SaverOptions, ShardReport as PartReport, Stall,
+    State, retain,
 };
 use reknit_membership::holding::ShardReport;
 use reknit_membership::record::Commit;
@@ -108,12 +108,7 @@ impl SavesThread {
         }
     }
 
-    fn part_written(
-        &self,
-        hub: &Arc<Hub>,
-        saved: Saved,
-        written: &mut BTreeMap<(Generation, Step), Saved>,
-    ) {
+    fn part_written(&self, hub: &Arc<Hub>, saved: Saved, written: &mut BTreeMap<(Generation, Step), Saved>) {
         let (generation, step) = (saved.meta.generation, saved.meta.step);
         let report = ShardReport {
             bytes: saved.report.file_bytes,
@@ -148,7 +143,8 @@ impl SavesThread {
                 state_digest: shard.state,
             })
             .collect();
-        let manifest = Manifest::assemble(meta, &self.layout, &saved.fingerprint, saved.values.clone(), &reports);
+        let manifest =
+            Manifest::assemble(meta, &self.layout, &saved.fingerprint, saved.values.clone(), &reports);
         let published = match manifest {
             Ok(manifest) => publish_when_visible(&self.dir, &manifest).map_err(|why| why.to_string()),
             Err(why) => Err(why.to_string()),

@@ -67,6 +67,11 @@ pub enum Output {
         /// What each rank wrote.
         shards: Vec<ShardReport>,
     },
+    /// Tell the program that it is to leave.
+    Notice {
+        /// How long its machine can still be expected to live; none if it stays until it is released.
+        left: Option<Duration>,
+    },
     /// These checkpoints are committed; older ones may be deleted.
     Committed {
         /// Oldest first.
@@ -137,6 +142,8 @@ struct World {
     /// Whether its first step is committed.
     stepped: bool,
     halt: Option<Halt>,
+    /// Whether it was told that the world is over, and has not said since what the program holds.
+    rest_due: bool,
     boundary_requested: bool,
     save_requested: bool,
 }
@@ -147,6 +154,9 @@ pub struct Session {
     next_id: Box<dyn FnMut() -> MemberId + Send>,
     member: MemberId,
     history: Option<HistoryId>,
+    /// Whether it was ever told of a world. Before that nothing binds it to a history: the coordinator that let it in may
+    /// have died without having saved anything, and the next one knows nothing of the job.
+    placed: bool,
     attached: bool,
     renew_every: Duration,
     world: Option<World>,
@@ -174,6 +184,7 @@ impl Session {
             next_id,
             member,
             history: None,
+            placed: false,
             attached: false,
             renew_every: Duration::from_millis(200),
             world: None,
@@ -215,7 +226,7 @@ impl Session {
             address: self.identity.address.clone(),
             spec: self.identity.spec,
             shape: self.identity.shape,
-            history: self.history,
+            history: self.history.filter(|_| self.placed),
             generation: self.generation(),
             running: self.world.as_ref().is_some_and(|world| world.go.is_some()),
         }
@@ -312,22 +323,23 @@ impl Session {
             Message::Refused(refusal) => self.refused(refusal),
             Message::World(place) => self.new_world(place, told.secret.unwrap_or_default()),
             Message::Plan(plan) => self.planned(plan),
-            Message::Go { generation, resume } => {
-                self.with_world(generation, |world| {
-                    world.go.get_or_insert(resume);
-                    vec![Output::Wake]
-                })
-            }
+            Message::Go { generation, resume } => self.with_world(generation, |world| {
+                world.go.get_or_insert(resume);
+                vec![Output::Wake]
+            }),
             Message::Break { generation } => self.broken_elsewhere(generation),
             Message::Boundary { generation } => self.with_world(generation, |world| {
                 world.boundary_requested = true;
                 Vec::new()
             }),
+            Message::Draining { left } => vec![Output::Notice { left }],
             Message::SaveNow { generation } => self.with_world(generation, |world| {
                 world.save_requested = true;
                 Vec::new()
             }),
-            Message::Publish { generation, step, shards } => vec![Output::Publish { generation, step, shards }],
+            Message::Publish { generation, step, shards } => {
+                vec![Output::Publish { generation, step, shards }]
+            }
             Message::Committed { kept } => {
                 let newest = kept.last().map(|commit| commit.step).unwrap_or_default();
                 self.saves.retain(|(_, step), _| *step > newest);
@@ -375,7 +387,9 @@ impl Session {
                 Some(Halt::Boundary { holding }) => {
                     events.push(Event::Boundary { member, generation, holding: holding.clone() });
                 }
-                Some(Halt::Finished { step }) => events.push(Event::Finished { member, generation, step: *step }),
+                Some(Halt::Finished { step }) => {
+                    events.push(Event::Finished { member, generation, step: *step })
+                }
                 Some(Halt::Told) | None => {}
             }
         }
@@ -438,6 +452,7 @@ impl Session {
             out.push(Output::Abort { generation: old.place.generation });
         }
         out.push(Output::Form { place: place.clone(), secret });
+        self.placed = true;
         self.world = Some(World {
             place,
             formed: false,
@@ -447,6 +462,7 @@ impl Session {
             go: None,
             stepped: false,
             halt: None,
+            rest_due: false,
             boundary_requested: false,
             save_requested: false,
         });
@@ -487,10 +503,24 @@ impl Session {
             Some(world) if world.place.generation <= generation => {
                 let own = world.place.generation;
                 world.halt.get_or_insert(Halt::Told);
-                vec![Output::Abort { generation: own }, Output::Wake]
+                world.rest_due = true;
+                let mut out = vec![Output::Abort { generation: own }, Output::Wake];
+                out.extend(self.rests());
+                out
             }
             Some(_) | None => Vec::new(),
         }
+    }
+
+    /// What the program holds when the world is over, once it rests: it may be the newest state, and there may be no place
+    /// for this member in the next world.
+    fn rests(&mut self) -> Vec<Output> {
+        let (Some(world), Some(holding)) = (&mut self.world, &self.rest) else { return Vec::new() };
+        if !std::mem::take(&mut world.rest_due) {
+            return Vec::new();
+        }
+        let (member, generation) = (self.member, world.place.generation);
+        vec![Output::Send(Event::Boundary { member, generation, holding: holding.clone() })]
     }
 
     /// The ring of `generation` stands.
@@ -524,7 +554,9 @@ impl Session {
     /// The program has come to rest and holds this.
     pub fn at_rest(&mut self, holding: Holding) -> Vec<Output> {
         self.rest = Some(holding);
-        self.ready()
+        let mut out = self.rests();
+        out.extend(self.ready());
+        out
     }
 
     /// The program begins to change its state (it restores, or trains): what it held, it holds no longer for sure.

@@ -42,6 +42,8 @@ pub struct Trainer {
     running: Option<Generation>,
     state_replaced: bool,
     saves: Option<Saves>,
+    /// What the thread for checkpoints will be made of.
+    saves_channel: Option<(Sender<ToSaves>, Receiver<ToSaves>)>,
     /// Since when only the last checkpoint's commit is waited for.
     last_commit_since: Option<Instant>,
     failure: Option<String>,
@@ -58,7 +60,7 @@ impl Handle {
     /// The machine will be taken in `left`: the worker leaves at the next step boundary, and nothing is lost.
     pub fn notice(&self, left: Duration) {
         self.hub.bring(|session| session.notice(link::now().after(left)));
-        self.hub.notice_arrived(left);
+        self.hub.notice_arrived(Some(left));
     }
 }
 
@@ -70,6 +72,11 @@ impl Trainer {
     /// cannot be written, or if the state makes no sense.
     pub fn join(options: Options, state: &dyn State) -> Result<Trainer, TrainError> {
         let layout = Layout::new(state.tensors())?;
+        if let Some(wish) = &options.checkpoints {
+            // Where nothing can be made, it is better said before the job has this worker.
+            std::fs::create_dir_all(&wish.dir)
+                .map_err(|source| TrainError::CheckpointsDir { dir: wish.dir.clone(), source })?;
+        }
         let fresh = state_digest(state, &layout)?;
         let listen = options.listen;
         let listener = Listener::bind(listen, ListenerOptions::default())
@@ -99,9 +106,11 @@ impl Trainer {
         let (to_link, link_inbox) = tokio::sync::mpsc::unbounded_channel();
         let (to_program, inbox) = channel();
         let (to_saves, saves_inbox) = channel();
-        let hub = Hub::new(session, listener, to_link, to_program, to_saves.clone(), options.on_notice.clone());
+        let hub =
+            Hub::new(session, listener, to_link, to_program, to_saves.clone(), options.on_notice.clone());
         let link = {
-            let (hub, coordinators, job) = (Arc::clone(&hub), options.coordinators.clone(), options.job.clone());
+            let (hub, coordinators, job) =
+                (Arc::clone(&hub), options.coordinators.clone(), options.job.clone());
             std::thread::Builder::new()
                 .name("reknit-link".to_owned())
                 .spawn(move || link::run(hub, coordinators, job, link_inbox))?
@@ -117,17 +126,20 @@ impl Trainer {
             running: None,
             state_replaced: false,
             saves: None,
+            saves_channel: Some((to_saves, saves_inbox)),
             last_commit_since: None,
             failure: None,
             end: None,
         };
         trainer.wait_until_let_in()?;
-        trainer.prepare_saves(to_saves, saves_inbox)?;
         Ok(trainer)
     }
 
-    fn prepare_saves(&mut self, sender: Sender<ToSaves>, inbox: Receiver<ToSaves>) -> Result<(), TrainError> {
+    /// Makes the checkpoints' directory ready, once there is a world: only then is it certain which history the job's
+    /// record has, and with it the directory.
+    fn prepare_saves(&mut self) -> Result<(), TrainError> {
         let Some(wish) = &self.options.checkpoints else { return Ok(()) };
+        let Some((sender, inbox)) = self.saves_channel.take() else { return Ok(()) };
         let history = self.hub.look(Session::history).unwrap_or_default();
         let job = self.options.job.clone();
         let dir = saves::directory(&wish.dir, &job, history);
@@ -191,7 +203,10 @@ impl Trainer {
             }
             match self.hub.look(Session::directive) {
                 Directive::Over(end) => return self.over(end).map(|()| None),
-                Directive::Restore(plan) => self.restore(&plan, state),
+                Directive::Restore(plan) => {
+                    self.prepare_saves()?;
+                    self.restore(&plan, state);
+                }
                 Directive::Wait => self.rest(state)?,
                 Directive::Run { place, resume } => {
                     if self.running != Some(place.generation) && !self.take_go(place.generation, resume)? {
@@ -274,6 +289,12 @@ impl Trainer {
                 Err(_) => return Ok(false),
             }
         }
+        // The go may have come after the rest had ended for another reason: from here on the state changes for sure.
+        self.hub.bring(|session| {
+            session.busy();
+            Vec::new()
+        });
+        self.prepare_saves()?;
         self.running = Some(generation);
         self.held = Held::At(resume);
         if let (Some(saves), Some(place)) = (&self.saves, self.hub.look(|session| session.place().cloned())) {
@@ -408,7 +429,12 @@ impl Trainer {
         self.failure = Some(why);
     }
 
-    pub(crate) fn save_if_due(&mut self, meta: SaveMeta, asked_for: bool, state: &dyn State) -> Option<Stall> {
+    pub(crate) fn save_if_due(
+        &mut self,
+        meta: SaveMeta,
+        asked_for: bool,
+        state: &dyn State,
+    ) -> Option<Stall> {
         let saves = self.saves.as_ref()?;
         let steps = meta.step.0;
         if !asked_for && !steps.is_multiple_of(saves.every) && !self.is_last(steps) {

@@ -106,7 +106,8 @@ impl Embedded {
             }
             other => OpenError::Damaged { file: file.clone(), source: Box::new(other) },
         })?;
-        let layout = prepare(&database).map_err(|source| OpenError::Damaged { file: file.clone(), source })?;
+        let layout =
+            prepare(&database).map_err(|source| OpenError::Damaged { file: file.clone(), source })?;
         if layout != LAYOUT_VERSION {
             return Err(OpenError::Newer { file, found: layout });
         }
@@ -130,7 +131,9 @@ impl Embedded {
             if !sent {
                 return Err(StoreError::Unavailable("too many writes are waiting for the disk".into()));
             }
-            answered.await.unwrap_or_else(|_| Err(StoreError::Unavailable("the store's writer has ended".into())))
+            answered
+                .await
+                .unwrap_or_else(|_| Err(StoreError::Unavailable("the store's writer has ended".into())))
         })
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::io::Write;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use reknit_checkpoint::{ByteRange, Digester, Layout, State, Values, plan, stream};
@@ -11,12 +12,15 @@ use reknit_membership::world::Peer;
 use reknit_membership::{Digest, Generation, MemberId};
 
 use super::{BLOCK_BYTES, Transfer, TransferRequest, VERDICT_YES};
+use crate::hub::lock;
 use crate::ring::resolve;
 
 /// How long reaching a source may take.
 const DIAL: Duration = Duration::from_secs(10);
 /// Ranges that different sources send are cut at multiples of this.
 const GRAIN_BYTES: u64 = 1 << 20;
+/// How many bytes one thread receives before it looks whether another one has failed.
+const BLOCKS_BYTES: usize = 16 << 20;
 /// The most that structured values may take on the wire. The checkpoint crate's limit is below it.
 const VALUES_BYTES_MAX: u64 = 4 << 20;
 
@@ -38,6 +42,15 @@ pub(crate) struct Fetching<'a> {
     pub(crate) abort: &'a AbortHandle,
 }
 
+/// What one source sends.
+struct Stripe<'a> {
+    source: &'a Peer,
+    range: ByteRange,
+    /// Whether the values come along.
+    values: bool,
+    transfer: Transfer<'a>,
+}
+
 /// Fetches a whole state, striped over all its sources.
 pub(crate) fn fetch(
     who: &Fetching<'_>,
@@ -45,22 +58,80 @@ pub(crate) fn fetch(
     layout: &Layout,
     state: &mut dyn State,
 ) -> Result<Vec<Moved>, RestoreError> {
-    let stripes = plan::stripes(layout.all(), fetch.from.len(), GRAIN_BYTES);
-    // All sources are asked before the first is read: they fill their buffers while others are being read.
-    let mut transfers = Vec::with_capacity(stripes.len());
-    for (index, (source, range)) in fetch.from.iter().zip(stripes).enumerate() {
+    let ranges = plan::stripes(layout.all(), fetch.from.len(), GRAIN_BYTES);
+    // All sources are asked before the first is read: they fill their buffers meanwhile.
+    let mut stripes = Vec::with_capacity(ranges.len());
+    for (index, (source, range)) in fetch.from.iter().zip(ranges).enumerate() {
         // One of them sends the values along, even if the state has no bytes at all.
         let values = index == 0;
         if range.is_empty() && !values {
             continue;
         }
-        transfers.push((source, range, values, ask(who, source, range, values)?));
+        stripes.push(Stripe { source, range, values, transfer: ask(who, source, range, values)? });
     }
-    let mut moved = Vec::with_capacity(transfers.len());
-    for (source, range, values, transfer) in transfers {
-        moved.push(receive(who, source, range, values, transfer, layout, state)?);
+    let ranges: Vec<ByteRange> = stripes.iter().map(|stripe| stripe.range).collect();
+    let arrived = match stream::split_mut(state, layout, &ranges) {
+        Some(places) => receive_together(who, stripes.into_iter().zip(places).collect())?,
+        None => {
+            let one = |stripe: Stripe<'_>| {
+                let range = stripe.range;
+                receive(who, stripe, |take| stream::try_write_range(state, layout, range, take))
+            };
+            stripes.into_iter().map(one).collect::<Result<_, _>>()?
+        }
+    };
+    let mut moved = Vec::with_capacity(arrived.len());
+    for (part, values) in arrived {
+        moved.push(part);
+        values.into_iter().for_each(|values| state.set_values(values));
     }
     Ok(moved)
+}
+
+/// What has arrived from one source: its bytes are where they belong, its values are here.
+type Arrived = (Moved, Option<Values>);
+
+/// A stripe, and where its bytes belong.
+type Placed<'a> = (Stripe<'a>, Vec<&'a mut [u8]>);
+
+/// Receives from all sources at once, each stripe on a thread of its own as far as there are threads to be had.
+fn receive_together(who: &Fetching<'_>, stripes: Vec<Placed<'_>>) -> Result<Vec<Arrived>, RestoreError> {
+    let more = stripes.len().saturating_sub(1);
+    let waiting = Mutex::new(stripes.into_iter());
+    let outcome = Mutex::new(Ok(Vec::with_capacity(more + 1)));
+    let work = || {
+        loop {
+            let Some((stripe, places)) = lock(&waiting).next() else { return };
+            let is_over = || lock(&outcome).is_err();
+            let fill = |take: &mut Take<'_>| {
+                for place in places.into_iter().flat_map(|place| place.chunks_mut(BLOCKS_BYTES)) {
+                    if is_over() {
+                        // Another source has failed: nothing that still arrives is of use.
+                        return Err(RestoreError::Aborted);
+                    }
+                    take(place)?;
+                }
+                Ok(())
+            };
+            let received = receive(who, stripe, fill);
+            let mut outcome = lock(&outcome);
+            match (&mut *outcome, received) {
+                (Ok(arrived), Ok(more)) => arrived.push(more),
+                (Ok(_), Err(why)) => *outcome = Err(why),
+                (Err(_), _) => return,
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..more {
+            let thread = std::thread::Builder::new().name("reknit-fetch".to_owned());
+            if thread.spawn_scoped(scope, work).is_err() {
+                break;
+            }
+        }
+        work();
+    });
+    outcome.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn failed(who: &Fetching<'_>, source: &Peer, why: impl ToString) -> RestoreError {
@@ -87,15 +158,16 @@ fn ask<'a>(
     Ok(transfer)
 }
 
+/// Fills one place of the state with what comes next.
+type Take<'t> = dyn FnMut(&mut [u8]) -> Result<(), RestoreError> + 't;
+
+/// Receives one stripe. `fill` hands over its places, one after the other.
 fn receive(
     who: &Fetching<'_>,
-    source: &Peer,
-    range: ByteRange,
-    values: bool,
-    mut transfer: Transfer<'_>,
-    layout: &Layout,
-    state: &mut dyn State,
-) -> Result<Moved, RestoreError> {
+    stripe: Stripe<'_>,
+    fill: impl FnOnce(&mut Take<'_>) -> Result<(), RestoreError>,
+) -> Result<Arrived, RestoreError> {
+    let Stripe { source, range, values, mut transfer } = stripe;
     let read = |transfer: &mut Transfer<'_>, into: &mut [u8]| {
         transfer.read_exact(into).map_err(|why| failed(who, source, why))
     };
@@ -114,7 +186,7 @@ fn receive(
     let mut values_bytes = vec![0; length as usize];
     read(&mut transfer, &mut values_bytes)?;
     digester.update(&values_bytes);
-    stream::try_write_range(state, layout, range, |into| {
+    fill(&mut |into| {
         for block in into.chunks_mut(BLOCK_BYTES) {
             read(&mut transfer, block)?;
             digester.update(block);
@@ -123,14 +195,15 @@ fn receive(
     })?;
     let mut sent = [0; 16];
     read(&mut transfer, &mut sent)?;
-    if values {
-        let values: Values = serde_json::from_slice(&values_bytes).map_err(|why| failed(who, source, why))?;
-        state.set_values(values);
-    }
-    Ok(Moved {
+    let values: Option<Values> = match values {
+        true => Some(serde_json::from_slice(&values_bytes).map_err(|why| failed(who, source, why))?),
+        false => None,
+    };
+    let moved = Moved {
         from: source.member,
         bytes: range.len() + length,
         sent: Digest(u128::from_le_bytes(sent)),
         got: digester.finish(),
-    })
+    };
+    Ok((moved, values))
 }
