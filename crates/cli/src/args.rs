@@ -1,4 +1,5 @@
-//! What can be typed: every command, flag and environment variable is declared here, with its doc and default.
+//! What can be typed: every command, flag and environment variable is declared here, with its doc and default; those of
+//! `bench` in `bench/args.rs`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -34,6 +35,8 @@ pub(crate) enum Command {
     Serve(Serve),
     /// Show it all: a training run on this machine that lives through everything a spot fleet does
     Demo(Demo),
+    /// Measure how fast it is on this machine, next to what the machine itself allows
+    Bench(crate::bench::args::Bench),
     /// Show all jobs, or one: who is in, in which order, at which step, and what it waits for
     Status(Status),
     /// Show a job's status again and again, whenever it changes
@@ -195,7 +198,8 @@ pub(crate) struct Completions {
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let number: f64 = number.parse().map_err(|_| format!("{text:?} is no duration; write 250ms, 3s, 2m or 1h"))?;
+    let number: f64 =
+        number.parse().map_err(|_| format!("{text:?} is no duration; write 250ms, 3s, 2m or 1h"))?;
     let seconds = match unit {
         "ms" => number / 1000.0,
         "" | "s" => number,

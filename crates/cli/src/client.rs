@@ -65,7 +65,9 @@ impl Connection {
         match answer {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(failure::call(&status, &self.coordinator)),
-            Err(_) => Err(failure::unreachable(&self.coordinator, anyhow::anyhow!("no answer within {PATIENCE:?}"))),
+            Err(_) => {
+                Err(failure::unreachable(&self.coordinator, anyhow::anyhow!("no answer within {PATIENCE:?}")))
+            }
         }
     }
 }

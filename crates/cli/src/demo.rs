@@ -18,10 +18,11 @@ use anyhow::{Context, Result, bail};
 use crate::args::Demo;
 use crate::failure::{Failure, Kind};
 use crate::print;
+use crate::processes::Coordinator;
 
 use acts::Stage;
 use evidence::Evidence;
-use fleet::{Coordinator, Training, Worker};
+use fleet::{Training, Worker};
 use outcome::Outcome;
 use screen::Screen;
 
@@ -133,7 +134,10 @@ fn undisturbed(args: &Demo, worker: &Path, dir: &Path, screen: &Screen) -> Resul
     for worker in &mut workers {
         while !worker.has_ended()? {
             if began.elapsed() > UNDISTURBED_PATIENCE {
-                bail!("the undisturbed training did not end within {UNDISTURBED_PATIENCE:?}; see {}", dir.display());
+                bail!(
+                    "the undisturbed training did not end within {UNDISTURBED_PATIENCE:?}; see {}",
+                    dir.display()
+                );
             }
             tail.read()?;
             screen.step(tail.steps_done(), WORKERS as u32, 1, tail.loss());

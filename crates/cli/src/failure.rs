@@ -57,10 +57,14 @@ impl From<std::io::Error> for Failure {
 pub(crate) fn call(status: &tonic::Status, coordinator: &str) -> Failure {
     let error = anyhow::anyhow!("{}", status.message());
     let (kind, hint) = match status.code() {
-        Code::NotFound => (Kind::NotFound, "`reknit status` lists the jobs, `reknit status JOB` a job's members"),
+        Code::NotFound => {
+            (Kind::NotFound, "`reknit status` lists the jobs, `reknit status JOB` a job's members")
+        }
         Code::FailedPrecondition => (Kind::WrongState, "`reknit status JOB` shows what state it is in"),
         Code::InvalidArgument => (Kind::Usage, "`reknit help COMMAND` shows what it takes"),
-        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => return unreachable(coordinator, error),
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => {
+            return unreachable(coordinator, error);
+        }
         _ => (Kind::Failed, "the coordinator's log says more"),
     };
     Failure::new(kind, error, hint)

@@ -78,15 +78,27 @@ pub(crate) fn history(args: &Job) -> Result<(), Failure> {
     let connection = &args.connection;
     let request = v1::HistoryRequest { job: args.job.clone() };
     let reply = connection.inspect(async |client| client.history(request).await)?;
-    let changes = reply.changes.into_iter().map(inspect::change).collect::<Result<Vec<_>, _>>().map_err(garbled)?;
+    let changes =
+        reply.changes.into_iter().map(inspect::change).collect::<Result<Vec<_>, _>>().map_err(garbled)?;
     if connection.json {
         let changes: Vec<_> = changes.iter().map(show::change_json).collect();
         print::json(&changes)?;
         return Ok(());
     }
     let rows: Vec<Vec<String>> = changes.iter().map(show::change_row).collect();
-    let head =
-        ["GEN", "CAUSE", "RANKS", "STOP", "AGREE", "REBUILD", "RESTORE", "FIRST STEP", "TOTAL", "LOST", "FROM"];
+    let head = [
+        "GEN",
+        "CAUSE",
+        "RANKS",
+        "STOP",
+        "AGREE",
+        "REBUILD",
+        "RESTORE",
+        "FIRST STEP",
+        "TOTAL",
+        "LOST",
+        "FROM",
+    ];
     print::table(&head, &rows);
     Ok(())
 }

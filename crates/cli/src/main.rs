@@ -4,14 +4,17 @@
 
 #![forbid(unsafe_code)]
 
-mod args;
-mod failure;
-mod print;
-mod client;
-mod serve;
-mod look;
 mod act;
+mod args;
+mod bench;
+mod client;
 mod demo;
+mod descriptors;
+mod failure;
+mod look;
+mod print;
+mod processes;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -35,6 +38,7 @@ fn run(args: Args) -> Result<(), Failure> {
     match args.command {
         Command::Serve(serve) => serve::serve(serve),
         Command::Demo(args) => demo::demo(&args),
+        Command::Bench(bench) => bench::bench(bench),
         Command::Status(status) => look::status(&status),
         Command::Watch(watch) => look::watch(&watch),
         Command::History(history) => look::history(&history),

@@ -29,7 +29,9 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
 /// Rows as a table whose columns are as wide as they need to be.
 pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) {
     let widths: Vec<usize> = (0..head.len())
-        .map(|i| rows.iter().map(|row| row[i].chars().count()).chain([head[i].chars().count()]).max().unwrap_or(0))
+        .map(|i| {
+            rows.iter().map(|row| row[i].chars().count()).chain([head[i].chars().count()]).max().unwrap_or(0)
+        })
         .collect();
     let line = |cells: &mut dyn Iterator<Item = &str>| {
         let cells: Vec<String> = cells.zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();

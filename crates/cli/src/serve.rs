@@ -8,6 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::args::Serve;
+use crate::descriptors;
 use crate::failure::{self, Failure};
 use crate::print;
 
@@ -23,6 +24,7 @@ pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
     }
     let filter = EnvFilter::try_from_env("REKNIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    raise_limit(config.limits.connections);
     let exposure = if args.insecure { Exposure::Insecure } else { Exposure::Loopback };
     let announce = args.announce;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async move {
@@ -40,6 +42,21 @@ pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
         };
         server.run(stop).await.map_err(failure::serve)
     })
+}
+
+/// Every connection is a descriptor; what a process starts with is often far less than it may have.
+fn raise_limit(connections: usize) {
+    match descriptors::raise_limit() {
+        Ok(most) if most < connections as u64 => {
+            tracing::warn!(
+                most,
+                connections,
+                "this process may have fewer descriptors than connections (ulimit -Hn)"
+            );
+        }
+        Ok(_) => {}
+        Err(why) => tracing::warn!(error = %why, "the limit on descriptors stays what it is"),
+    }
 }
 
 fn print_config(config: &Config) {

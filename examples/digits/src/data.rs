@@ -39,7 +39,8 @@ impl Digits {
         let mut labels = Vec::with_capacity(samples.len());
         for sample in samples {
             let at = usize::try_from(*sample)?;
-            pixels.extend_from_slice(self.pixels.get(at * PIXELS..(at + 1) * PIXELS).context("no such image")?);
+            pixels
+                .extend_from_slice(self.pixels.get(at * PIXELS..(at + 1) * PIXELS).context("no such image")?);
             labels.push(self.labels[at]);
         }
         let images = Tensor::from_vec(pixels, (samples.len(), 1, SIDE, SIDE), &Device::Cpu)?;

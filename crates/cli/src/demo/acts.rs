@@ -7,9 +7,9 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
+use reknit_membership::Timestamp;
 use reknit_membership::record::WorldChange;
 use reknit_membership::status::{PhaseName, Status};
-use reknit_membership::Timestamp;
 use reknit_proto::v1::inspect_client::InspectClient;
 use reknit_proto::v1::operate_client::OperateClient;
 use reknit_proto::{inspect, v1};
@@ -17,8 +17,9 @@ use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 
 use super::evidence::Tail;
-use super::fleet::{Coordinator, POLL, Training, Worker};
+use super::fleet::{POLL, Training, Worker};
 use super::screen::Screen;
+use crate::processes::Coordinator;
 
 /// How long training may take to go on after an act.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -77,7 +78,10 @@ impl<'a> Stage<'a> {
     }
 
     fn worker(&mut self, name: &str) -> Result<&mut Worker> {
-        self.workers.iter_mut().find(|worker| worker.name() == name).with_context(|| format!("no worker {name}"))
+        self.workers
+            .iter_mut()
+            .find(|worker| worker.name() == name)
+            .with_context(|| format!("no worker {name}"))
     }
 
     /// Takes a worker off the stage, and its process with it.
@@ -125,7 +129,8 @@ impl<'a> Stage<'a> {
         let began = Instant::now();
         loop {
             self.tail.read()?;
-            let (steps, generation, loss) = (self.tail.steps_done(), self.tail.generation(), self.tail.loss());
+            let (steps, generation, loss) =
+                (self.tail.steps_done(), self.tail.generation(), self.tail.loss());
             self.screen.step(steps, self.world_size, generation, loss);
             if enough(self)? {
                 return Ok(());
@@ -208,11 +213,8 @@ fn a_replacement_joins(stage: &mut Stage<'_>, name: &'static str) -> Result<()> 
 fn one_is_given_notice(stage: &mut Stage<'_>) -> Result<()> {
     let leaver = "w1";
     stage.begin("notice of 120 s")?;
-    let request = v1::NoticeRequest {
-        job: stage.training.job.clone(),
-        member: leaver.to_owned(),
-        left_ms: 120_000,
-    };
+    let request =
+        v1::NoticeRequest { job: stage.training.job.clone(), member: leaver.to_owned(), left_ms: 120_000 };
     stage.ask(async |channel| Ok(OperateClient::new(channel).notice(request).await.map(|_| ())?))?;
     stage.until_running(3)?;
     stage.worker(leaver)?.wait_end(PATIENCE)?;

@@ -80,7 +80,8 @@ impl Evidence {
     pub(super) fn read_dir(dir: &Path) -> Result<Evidence> {
         let mut evidence = Evidence::default();
         for file in files(dir)? {
-            let text = std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+            let text =
+                std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
             evidence.add(&text)?;
         }
         Ok(evidence)
@@ -154,7 +155,8 @@ impl Evidence {
             let size = shares.first().map_or(0, |share| share.size);
             if !shares.iter().map(|share| share.rank).eq(0..size) {
                 let (generation, found) = (attempt.generation, shares.len());
-                complaints.push(format!("step {step} in generation {generation}: {found} shares of {size} ranks"));
+                complaints
+                    .push(format!("step {step} in generation {generation}: {found} shares of {size} ranks"));
             }
             sequence.extend(shares.iter().flat_map(|share| &share.samples));
         }
@@ -172,7 +174,8 @@ impl Evidence {
     /// How many whole passes over the data set the committed steps make.
     pub(super) fn passes(&self) -> u64 {
         let committed = self.committed();
-        let samples = |attempt| self.tried.get(attempt).into_iter().flatten().flat_map(|share| &share.samples);
+        let samples =
+            |attempt| self.tried.get(attempt).into_iter().flatten().flat_map(|share| &share.samples);
         let used: Vec<u64> = committed.values().flat_map(samples).copied().collect();
         let dataset = used.iter().collect::<BTreeSet<_>>().len();
         used.len().checked_div(dataset).unwrap_or(0) as u64

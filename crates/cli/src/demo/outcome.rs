@@ -26,7 +26,10 @@ pub(super) struct Facts {
 /// the cause was set to the first committed step of the new world.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Recovery {
+    /// What was done to the fleet; if nothing was, what the coordinator noticed.
     pub(super) cause: String,
+    /// What the coordinator noticed.
+    pub(super) details: String,
     pub(super) generation: u64,
     pub(super) before: u32,
     pub(super) after: u32,
@@ -222,14 +225,13 @@ fn recoveries(acts: &[Act], history: &[WorldChange], evidence: &Evidence) -> Vec
 fn recovery(acts: &[Act], change: &WorldChange, evidence: &Evidence) -> Option<Recovery> {
     let (agreed, rebuilt, restored) = (change.agreed?, change.rebuilt?, change.restored?);
     let first_step = change.first_step?;
-    let act = acts.iter().rev().find(|act| act.at <= change.learned && act.after_generation < change.generation.0);
+    let act =
+        acts.iter().rev().find(|act| act.at <= change.learned && act.after_generation < change.generation.0);
     let caused = act.map_or(change.learned, |act| act.at);
     let resumed_at = change.resume.map_or(0, |resume| resume.step.0);
     Some(Recovery {
-        cause: match act {
-            Some(act) => format!("{}: {}", act.title, show::causes_text(&change.causes)),
-            None => show::causes_text(&change.causes),
-        },
+        cause: act.map_or_else(|| show::causes_text(&change.causes), |act| act.title.to_owned()),
+        details: show::causes_text(&change.causes),
         generation: change.generation.0,
         before: change.before,
         after: change.after,
@@ -254,10 +256,12 @@ fn is_planned(change: &WorldChange) -> bool {
 fn complaints_of(acts: &Acts, recoveries: &[Recovery], evidence: &Evidence) -> Vec<String> {
     let mut complaints = Vec::new();
     for act in &acts.acts {
-        if !recoveries.iter().any(|recovery| recovery.cause.starts_with(act.title)) {
+        let acted = acts.acts.iter().filter(|other| other.title == act.title).count();
+        if recoveries.iter().filter(|recovery| recovery.cause == act.title).count() < acted {
             complaints.push(format!("no recovery follows from: {}", act.title));
         }
     }
+    complaints.dedup();
     let spent = acts.generations_spent_on_coordinator_restart;
     if spent > 0 {
         complaints.push(format!("{spent} generations were spent on the restart of the coordinator"));

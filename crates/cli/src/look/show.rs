@@ -73,7 +73,9 @@ fn waiting_text(status: &Status) -> String {
     };
     match &status.waiting {
         Waiting::Nothing => "nothing".to_owned(),
-        Waiting::BelowMin { have, need } => format!("more members: {have} of at least {need} ranks are there"),
+        Waiting::BelowMin { have, need } => {
+            format!("more members: {have} of at least {need} ranks are there")
+        }
         Waiting::UnitRemainder { have, unit } => {
             format!("more members: {have} ranks are there, no usable multiple of {unit}")
         }
@@ -114,7 +116,9 @@ pub(super) fn status(status: &Status, members_total: u32) {
     let unit = if spec.unit > 1 { format!(", a multiple of {}", spec.unit) } else { String::new() };
     let closure = match status.phase {
         PhaseName::Closed(closure) => format!(": {closure}"),
-        PhaseName::Forming | PhaseName::Establishing | PhaseName::Restoring | PhaseName::Running => String::new(),
+        PhaseName::Forming | PhaseName::Establishing | PhaseName::Restoring | PhaseName::Running => {
+            String::new()
+        }
     };
     print::data(format_args!("job         {}", status.job));
     print::data(format_args!("phase       {}{closure}", phase(status.phase)));
@@ -278,9 +282,10 @@ pub(super) fn change_row(change: &WorldChange) -> Vec<String> {
 
 fn name_of(cause: &Cause) -> Option<&MemberName> {
     match cause {
-        Cause::Joined { name } | Cause::Lost { name, .. } | Cause::Notice { name } | Cause::Drain { name } => {
-            Some(name)
-        }
+        Cause::Joined { name }
+        | Cause::Lost { name, .. }
+        | Cause::Notice { name }
+        | Cause::Drain { name } => Some(name),
         Cause::Formed
         | Cause::Resized
         | Cause::LinkBroken

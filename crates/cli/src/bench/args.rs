@@ -1,0 +1,187 @@
+//! What can be typed after `reknit bench`.
+
+use std::path::PathBuf;
+
+use clap::{Subcommand, value_parser};
+
+use super::company::Role;
+
+/// One measurement.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    pub(super) what: What,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum What {
+    /// How long training stands still when a worker is killed, leaves or joins
+    Recovery(Recovery),
+    /// How one coordinator does with thousands of members
+    Swarm(Swarm),
+    /// What the coordinator and the control word cost while a world runs
+    Steady(Steady),
+    /// How fast a joiner gets its state from the others' memory
+    Restore(Restore),
+    /// How fast the TCP ring sums, by size and number of ranks
+    Allreduce(Allreduce),
+    /// How long a checkpoint holds training up, and how fast it is written and loaded
+    Checkpoint(Checkpoint),
+    /// Play a part in one of these; started by them
+    #[command(hide = true)]
+    Role(Play),
+}
+
+/// What every measurement has.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Common {
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Only look whether it works: a few seconds, and figures that mean little
+    #[arg(long)]
+    pub(super) quick: bool,
+    /// Keep logs and stores in this directory
+    #[arg(long)]
+    pub(super) dir: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Recovery {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// How many workers are killed
+    #[arg(long, default_value_t = 100, value_parser = value_parser!(u32).range(1..))]
+    pub(super) kills: u32,
+    /// How many workers leave after a notice
+    #[arg(long, default_value_t = 50, value_parser = value_parser!(u32).range(1..))]
+    pub(super) leaves: u32,
+    /// How many workers the world has when all is well
+    #[arg(long, default_value_t = 4, value_parser = value_parser!(u32).range(2..=64))]
+    pub(super) workers: u32,
+    /// Draws who is killed, and when
+    #[arg(long, default_value_t = 1)]
+    pub(super) seed: u64,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Swarm {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// How many members join
+    #[arg(long, default_value_t = 10_000, value_parser = value_parser!(u32).range(3..=20_000))]
+    pub(super) members: u32,
+    /// How many processes they are in: each member has a connection of its own, and a process may have only so many
+    #[arg(long, default_value_t = 2, value_parser = value_parser!(u32).range(1..=64))]
+    pub(super) processes: u32,
+    /// How many members are lost, one after the other
+    #[arg(long, default_value_t = 5, value_parser = value_parser!(u32).range(1..=100))]
+    pub(super) losses: u32,
+    /// For how many seconds the coordinator's use of the processor is measured while nothing happens
+    #[arg(long, default_value_t = 20, value_parser = value_parser!(u64).range(1..=3600))]
+    pub(super) steady_s: u64,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Steady {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// How many workers the world has
+    #[arg(long, default_value_t = 4, value_parser = value_parser!(u32).range(2..=64))]
+    pub(super) workers: u32,
+    /// During how many steps the coordinator's messages are counted
+    #[arg(long, default_value_t = 20_000, value_parser = value_parser!(u64).range(1..))]
+    pub(super) steps: u64,
+    /// How many times an all-reduce with the control word is compared with one without
+    #[arg(long, default_value_t = 4_000, value_parser = value_parser!(u32).range(2..))]
+    pub(super) pairs: u32,
+    /// What is summed in it
+    #[arg(long, default_value = "1MiB", value_parser = bytes)]
+    pub(super) bytes: u64,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Restore {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// How large the state is
+    #[arg(long, default_value = "1GiB", value_parser = bytes)]
+    pub(super) bytes: u64,
+    /// How many workers hold it
+    #[arg(long, default_value_t = 3, value_parser = value_parser!(u32).range(1..=16))]
+    pub(super) holders: u32,
+    /// How many joiners get it, one after the other
+    #[arg(long, default_value_t = 5, value_parser = value_parser!(u32).range(1..=100))]
+    pub(super) joiners: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Allreduce {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// What is summed, several sizes separated by commas
+    #[arg(long, default_value = "4,1KiB,64KiB,1MiB,16MiB,64MiB", value_delimiter = ',', value_parser = bytes)]
+    pub(super) sizes: Vec<u64>,
+    /// How many ranks there are, several numbers separated by commas
+    #[arg(long, default_value = "2,3,4,8", value_delimiter = ',', value_parser = value_parser!(u32).range(2..=64))]
+    pub(super) ranks: Vec<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Checkpoint {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// How large the state is
+    #[arg(long, default_value = "1GiB", value_parser = bytes)]
+    pub(super) bytes: u64,
+    /// How many checkpoints are made
+    #[arg(long, default_value_t = 5, value_parser = value_parser!(u32).range(1..=1000))]
+    pub(super) saves: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Play {
+    /// Which
+    pub(super) role: Role,
+}
+
+/// A size as people write it: `4096`, `64KiB`, `1GiB`, `1MB`.
+pub(super) fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let wrong = || format!("{text:?} is no size; write 4096, 64KiB, 1GiB or 1MB");
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let unit: f64 = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(wrong()),
+    };
+    let bytes = number * unit;
+    // Beyond it a number with a fraction does not tell neighbours apart, and no memory is so large.
+    if !(1.0..=1e15).contains(&bytes) || bytes.fract() != 0.0 {
+        return Err(format!("{text:?} is not a whole number of bytes from 1 to 1 PB"));
+    }
+    Ok(bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_as_people_write_them() {
+        assert_eq!(bytes("4"), Ok(4));
+        assert_eq!(bytes("64KiB"), Ok(65_536));
+        assert_eq!(bytes("1.5MiB"), Ok(1_572_864));
+        assert_eq!(bytes("1GB"), Ok(1_000_000_000));
+        assert_eq!(bytes("1gib"), Ok(1 << 30));
+        for wrong in ["", "GiB", "1 GiB", "0", "0.5", "-1", "1EiB", "99999999GiB", "1.0001KiB"] {
+            assert!(bytes(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

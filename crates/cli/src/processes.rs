@@ -1,0 +1,128 @@
+//! Processes that a command starts, sends signals to, and ends for good when it is done with them.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// How long a coordinator may take to listen.
+const START_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Ends a process for good when it is dropped, whatever state it is in.
+pub(crate) struct Process {
+    child: Child,
+    name: String,
+}
+
+impl Process {
+    pub(crate) fn new(child: Child, name: &str) -> Process {
+        Process { child, name: name.to_owned() }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        let pid =
+            i32::try_from(self.id()).ok().and_then(Pid::from_raw).context("a process id that is none")?;
+        kill_process(pid, signal).with_context(|| format!("cannot send {signal:?} to {}", self.name))
+    }
+
+    /// How it ended, if it did.
+    pub(crate) fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Waits for its end, however long that takes.
+    pub(crate) fn wait(&mut self) -> Result<ExitStatus> {
+        Ok(self.child.wait()?)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Where a process's output goes.
+pub(crate) fn log_file(dir: &Path, name: &str) -> Result<File> {
+    let path = dir.join(format!("{name}.log"));
+    let file = File::options().create(true).append(true).open(&path);
+    file.with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// A coordinator on its embedded store.
+pub(crate) struct Coordinator {
+    process: Process,
+    dir: PathBuf,
+    address: SocketAddr,
+}
+
+impl Coordinator {
+    /// Starts one on a free port, with a fresh store.
+    pub(crate) fn start(dir: &Path) -> Result<Coordinator> {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let (process, address) = serve(dir, SocketAddr::from(([127, 0, 0, 1], 0)))?;
+        Ok(Coordinator { process, dir: dir.to_owned(), address })
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.process.signal(Signal::KILL)?;
+        self.process.wait()?;
+        Ok(())
+    }
+
+    /// Starts it again on the same store and port.
+    pub(crate) fn restart(&mut self) -> Result<()> {
+        (self.process, self.address) = serve(&self.dir, self.address)?;
+        Ok(())
+    }
+}
+
+fn serve(dir: &Path, listen: SocketAddr) -> Result<(Process, SocketAddr)> {
+    let mut child = Command::new(std::env::current_exe()?)
+        .args(["serve", "--announce", "--listen", &listen.to_string(), "--store"])
+        .arg(dir.join("store"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log_file(dir, "coordinator")?)
+        .spawn()
+        .context("cannot start the coordinator")?;
+    let stdout = child.stdout.take().context("the coordinator has no output")?;
+    let process = Process::new(child, "the coordinator");
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        if BufReader::new(stdout).read_line(&mut line).is_ok() {
+            // The other end may have given up.
+            let _ = sender.send(line);
+        }
+    });
+    let line = receiver.recv_timeout(START_PATIENCE).unwrap_or_default();
+    let address = line.trim().parse().with_context(|| {
+        format!("the coordinator does not listen; see {}", dir.join("coordinator.log").display())
+    })?;
+    Ok((process, address))
+}
