@@ -42,7 +42,9 @@ pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) ->
     loop {
         match look() {
             Ok(seen) => return seen,
-            Err(last) if began.elapsed() > PATIENCE => panic!("waited {PATIENCE:?} for {what}; last saw: {last}"),
+            Err(last) if began.elapsed() > PATIENCE => {
+                panic!("waited {PATIENCE:?} for {what}; last saw: {last}")
+            }
             Err(_) => std::thread::sleep(Duration::from_millis(5)),
         }
     }
@@ -204,7 +206,11 @@ impl Coordinator {
     /// Starts a worker by a command line of the caller's.
     pub fn spawn_worker(&self, mut command: Command, name: &str) -> Process {
         let log = self.dir.path().join(format!("{name}.log"));
-        command.env("RAYON_NUM_THREADS", "1").stdin(Stdio::null()).stdout(log_file(&log)).stderr(log_file(&log));
+        command
+            .env("RAYON_NUM_THREADS", "1")
+            .stdin(Stdio::null())
+            .stdout(log_file(&log))
+            .stderr(log_file(&log));
         Process { child: command.spawn().unwrap(), log }
     }
 }

@@ -1,13 +1,17 @@
 //! What peers may do wrong: each gets a clear error or a bounded wait, and the others go on.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use reknit_e2e::{Coordinator, Process, eventually};
-use reknit_membership::spec::{Shape, Sharding};
 use reknit_membership::event::Join;
-use reknit_membership::{Digest, Event, Generation, JobId, MemberId, MemberName, Message, Spec, Step, Timestamp};
+use reknit_membership::spec::{Shape, Sharding};
+use reknit_membership::{
+    Digest, Event, Generation, JobId, MemberId, MemberName, Message, Spec, Step, Timestamp,
+};
 use reknit_proto::rendezvous::{self, Introduction};
 use reknit_proto::v1;
 use reknit_proto::v1::rendezvous_client::RendezvousClient;
@@ -19,7 +23,7 @@ const ORDER: DataOrder = DataOrder { dataset: 100, global_batch: 10, seed: 1 };
 const ENDLESS: [&str; 6] = ["--min", "1", "--step-ms", "2", "--steps", "1000000"];
 
 fn state(elements: usize) -> NamedTensors {
-    NamedTensors::new().with_f32("weights", &[elements as u64], vec![0.0; elements])
+    NamedTensors::new().with_f32("weights", [elements as u64], vec![0.0; elements])
 }
 
 fn options(coordinator: &Coordinator, job: &str, name: &str) -> Options {
@@ -95,13 +99,8 @@ fn nobody_to_talk_to_is_an_error_after_the_patience_that_was_asked_for() {
 }
 
 fn introduction(job: &str, name: &str, spec: Spec) -> Introduction {
-    let shape = Shape {
-        tensors: Digest(1),
-        count: 1,
-        bytes: 4,
-        recipe: Digest(1),
-        sharding: Sharding::Replicated,
-    };
+    let shape =
+        Shape { tensors: Digest(1), count: 1, bytes: 4, recipe: Digest(1), sharding: Sharding::Replicated };
     let join = Join {
         name: MemberName::new(name).unwrap(),
         slots: 1,

@@ -1,5 +1,7 @@
 //! The command line as an operator types it: what is said, where, and with which exit code.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
+
 use reknit_e2e::{Coordinator, reknit};
 
 /// The last line of an error says what to do.
@@ -20,7 +22,8 @@ fn a_port_in_use_is_told_with_its_own_exit_code() {
 #[test]
 fn two_servers_on_one_store_are_one_too_many() {
     let coordinator = Coordinator::start();
-    let ran = reknit(&["serve", "--listen", "127.0.0.1:0", "--store", &coordinator.store().display().to_string()]);
+    let ran =
+        reknit(&["serve", "--listen", "127.0.0.1:0", "--store", &coordinator.store().display().to_string()]);
     assert_eq!(ran.code, 6, "{ran:?}");
     assert!(ran.stderr.contains("in use by another coordinator") && has_hint(&ran.stderr), "{}", ran.stderr);
 }
@@ -76,10 +79,21 @@ fn an_operator_sees_who_is_in_and_can_act_on_them() {
     let status = coordinator.runs_with("job", 2);
     let names: Vec<&str> =
         status["members"].as_array().unwrap().iter().map(|m| m["name"].as_str().unwrap()).collect();
-    assert_eq!({ let mut sorted = names.clone(); sorted.sort_unstable(); sorted }, ["a", "b"]);
+    assert_eq!(
+        {
+            let mut sorted = names.clone();
+            sorted.sort_unstable();
+            sorted
+        },
+        ["a", "b"]
+    );
 
     let human = coordinator.reknit(&["status", "job"]);
-    assert!(human.stdout.contains("running") && human.stdout.contains("waits for   nothing"), "{}", human.stdout);
+    assert!(
+        human.stdout.contains("running") && human.stdout.contains("waits for   nothing"),
+        "{}",
+        human.stdout
+    );
 
     let stranger = coordinator.reknit(&["drain", "job", "nobody"]);
     assert_eq!(stranger.code, 4, "{stranger:?}");

@@ -1,6 +1,8 @@
 //! What a fleet does to a job: deaths, restarts, broken disks. `reknit demo` shows the usual ones in one run; here are
 //! those that need a hand.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -20,9 +22,15 @@ fn saving(coordinator: &Coordinator, name: &str) -> Process {
 /// The directories of checkpoints, oldest first.
 fn checkpoints(coordinator: &Coordinator) -> Vec<PathBuf> {
     let directories = |dir: &Path| -> Vec<PathBuf> {
-        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect()
+        std::fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.is_dir())
+            .collect()
     };
-    let [own] = &directories(&coordinator.dir().join("checkpoints"))[..] else { panic!("one job has one directory") };
+    let [own] = &directories(&coordinator.dir().join("checkpoints"))[..] else {
+        panic!("one job has one directory")
+    };
     let mut all = directories(own);
     all.sort();
     all
@@ -65,10 +73,16 @@ fn a_flipped_bit_in_the_newest_checkpoint_sends_all_to_the_one_before_with_a_war
         if source.starts_with("checkpoint") { Ok(last) } else { Err(last.to_string()) }
     });
     let resumed = last["resumed_at"].as_u64().unwrap();
-    assert!(resumed > 0 && resumed < newest, "resumed at {resumed}, the damaged checkpoint is of step {newest}");
+    assert!(
+        resumed > 0 && resumed < newest,
+        "resumed at {resumed}, the damaged checkpoint is of step {newest}"
+    );
     let logs: String = workers.iter().map(Process::log).collect();
     let file = shard.file_name().unwrap().to_str().unwrap();
-    assert!(logs.contains("could not be loaded") && logs.contains(file), "the warning names the file: {logs}");
+    assert!(
+        logs.contains("could not be loaded") && logs.contains(file),
+        "the warning names the file: {logs}"
+    );
 }
 
 #[test]
@@ -84,8 +98,12 @@ fn a_disk_that_is_full_costs_checkpoints_but_no_step() {
         coordinator.url(),
         ENDLESS.join(" ")
     );
-    let may_mount = Command::new("unshare").args(["-rm", "true"]).status().is_ok_and(|status| status.success());
-    assert!(may_mount, "this test needs `unshare -rm` (util-linux, and user namespaces) for a full disk of its own");
+    let may_mount =
+        Command::new("unshare").args(["-rm", "true"]).status().is_ok_and(|status| status.success());
+    assert!(
+        may_mount,
+        "this test needs `unshare -rm` (util-linux, and user namespaces) for a full disk of its own"
+    );
     let mut command = Command::new("unshare");
     command.args(["-rm", "sh", "-c", &script]);
     let worker = coordinator.spawn_worker(command, "a");
@@ -99,7 +117,10 @@ fn a_disk_that_is_full_costs_checkpoints_but_no_step() {
         let status = coordinator.status("job")?;
         if status["step"].as_u64().unwrap() > before + 50 { Ok(status) } else { Err(status.to_string()) }
     });
-    assert_eq!((&status["generation"], status["checkpoints"].as_array().map(Vec::len)), (&generation, Some(0)));
+    assert_eq!(
+        (&status["generation"], status["checkpoints"].as_array().map(Vec::len)),
+        (&generation, Some(0))
+    );
 }
 
 #[test]
@@ -113,7 +134,8 @@ fn the_coordinator_dies_again_and_again_and_training_does_not_notice() {
         coordinator.restart();
         eventually("everybody to be back, and training to have gone on", || {
             let status = coordinator.status("job")?;
-            let attached = status["members"].as_array().unwrap().iter().filter(|m| m["state"] == "in").count();
+            let attached =
+                status["members"].as_array().unwrap().iter().filter(|m| m["state"] == "in").count();
             assert_eq!(status["generation"], generation, "no generation is spent");
             let went_on = status["step"].as_u64().unwrap() > before;
             if attached == 3 && went_on { Ok(()) } else { Err(status.to_string()) }

@@ -29,7 +29,8 @@ const MAY_USE: [(&str, &[&str]); 8] = [
 ];
 
 /// Crates that the core's purity would end with.
-const MAY_NOT_BE_IN_THE_CORE: &str = "the core depends on nothing: no clock, no randomness, no encoding, no log";
+const MAY_NOT_BE_IN_THE_CORE: &str =
+    "the core depends on nothing: no clock, no randomness, no encoding, no log";
 
 fn metadata() -> Value {
     let output = Command::new(env!("CARGO"))
@@ -68,7 +69,10 @@ fn every_crate_has_its_layer() {
     let known: BTreeSet<&str> = MAY_USE.iter().map(|(name, _)| *name).collect();
     let tests = ["reknit-sim", "reknit-e2e", "reknit-tidy"];
     for name in dependencies().keys().filter(|name| !tests.contains(&name.as_str())) {
-        assert!(known.contains(name.as_str()), "{name} is new: say in MAY_USE and ARCHITECTURE.md where it belongs");
+        assert!(
+            known.contains(name.as_str()),
+            "{name} is new: say in MAY_USE and ARCHITECTURE.md where it belongs"
+        );
     }
 }
 
@@ -80,7 +84,8 @@ fn the_core_depends_on_nothing() {
 #[test]
 fn the_training_framework_stays_in_the_example() {
     for (name, used) in dependencies() {
-        let frameworks: Vec<&String> = used.iter().filter(|d| d.starts_with("candle") || *d == "smartcore").collect();
+        let frameworks: Vec<&String> =
+            used.iter().filter(|d| d.starts_with("candle") || *d == "smartcore").collect();
         assert!(frameworks.is_empty() || name.starts_with("reknit-example-"), "{name} uses {frameworks:?}");
     }
 }

@@ -55,7 +55,8 @@ fn no_source_file_is_dead() {
             || parent.ends_with("tests")
             || parent.ends_with("benches")
             || parent.ends_with("bin");
-        let module = if stem == "mod" { parent.file_name().and_then(|n| n.to_str()).unwrap_or(stem) } else { stem };
+        let module =
+            if stem == "mod" { parent.file_name().and_then(|n| n.to_str()).unwrap_or(stem) } else { stem };
         let named = all.contains(&format!("mod {module};")) || all.contains(&format!("{stem}.rs\"]"));
         assert!(is_root || named, "{} belongs to no module", shown(path));
     }
@@ -81,7 +82,8 @@ fn every_environment_variable_is_documented() {
             continue;
         }
         for (at, _) in text.match_indices("\"REKNIT_") {
-            let name: String = text[at + 1..].chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect();
+            let name: String =
+                text[at + 1..].chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect();
             variables.insert((name, shown(&path)));
         }
     }
