@@ -253,12 +253,13 @@ fn from_holding(holding: &Holding) -> Option<v1::Holding> {
     Some(v1::Holding { holding: Some(wire) })
 }
 
-/// What a coordinator says, read by a member: the core's message, and with a world the secret of its data plane.
+/// What a coordinator says, read by a member: the core's message, and the secret of a data plane that it is to take
+/// part in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Told {
     /// The message.
     pub message: Message,
-    /// The secret, with [`Message::World`] only.
+    /// The secret, with [`Message::World`] and [`Message::Serve`] only.
     pub secret: Option<SecretBytes>,
 }
 
@@ -273,8 +274,7 @@ pub fn told(wire: v1::CoordinatorMessage) -> Checked<Told> {
         },
         Body::Refused(m) => Message::Refused(refusal(m)?),
         Body::World(m) => {
-            let bytes = <SecretBytes>::try_from(m.secret.as_slice());
-            secret = Some(bytes.or_else(|_| wrong("secret", "it must have 32 bytes"))?);
+            secret = Some(secret_bytes(&m.secret)?);
             Message::World(Place {
                 generation: Generation(m.generation),
                 rank: Rank(m.rank),
@@ -314,6 +314,10 @@ pub fn told(wire: v1::CoordinatorMessage) -> Checked<Told> {
         Body::Break(m) => Message::Break { generation: Generation(m.generation) },
         Body::Boundary(m) => Message::Boundary { generation: Generation(m.generation) },
         Body::Draining(m) => Message::Draining { left: m.left_us.map(Duration::from_micros) },
+        Body::Serve(m) => {
+            secret = Some(secret_bytes(&m.secret)?);
+            Message::Serve { generation: Generation(m.generation) }
+        }
         Body::SaveNow(m) => Message::SaveNow { generation: Generation(m.generation) },
         Body::Publish(m) => Message::Publish {
             generation: Generation(m.generation),
@@ -329,7 +333,12 @@ pub fn told(wire: v1::CoordinatorMessage) -> Checked<Told> {
     Ok(Told { message, secret })
 }
 
-/// Writes what a coordinator says. `secret` gives the secret of a generation; it is asked for worlds only.
+fn secret_bytes(bytes: &[u8]) -> Checked<SecretBytes> {
+    bytes.try_into().or_else(|_| wrong("secret", "it must have 32 bytes"))
+}
+
+/// Writes what a coordinator says. `secret` gives the secret of a generation; it is asked for only where the message
+/// carries one.
 pub fn to_member(
     message: &Message,
     secret: impl FnOnce(Generation) -> SecretBytes,
@@ -376,6 +385,9 @@ pub fn to_member(
         Message::Break { generation } => Body::Break(v1::Break { generation: generation.0 }),
         Message::Boundary { generation } => Body::Boundary(v1::BoundaryRequest { generation: generation.0 }),
         Message::Draining { left } => Body::Draining(v1::Draining { left_us: left.map(micros) }),
+        Message::Serve { generation } => {
+            Body::Serve(v1::Serve { generation: generation.0, secret: secret(*generation).to_vec() })
+        }
         Message::SaveNow { generation } => Body::SaveNow(v1::SaveNow { generation: generation.0 }),
         Message::Publish { generation, step, shards } => Body::Publish(v1::Publish {
             generation: generation.0,

@@ -187,6 +187,7 @@ pub(crate) fn departure(wire: Option<v1::Departure>) -> Checked<Departure> {
         How::Drained => Departure::Drained,
         How::Evicted => Departure::Evicted,
         How::Diverged => Departure::Diverged,
+        How::StateLost => Departure::StateLost,
     })
 }
 
@@ -205,6 +206,7 @@ pub(crate) fn from_departure(departure: Departure) -> Option<v1::Departure> {
         Departure::Drained => (How::Drained, 0),
         Departure::Evicted => (How::Evicted, 0),
         Departure::Diverged => (How::Diverged, 0),
+        Departure::StateLost => (How::StateLost, 0),
     };
     Some(v1::Departure { how: how.into(), by })
 }

@@ -63,6 +63,7 @@ fn departures() -> Vec<Departure> {
         Departure::Drained,
         Departure::Evicted,
         Departure::Diverged,
+        Departure::StateLost,
     ]
 }
 
@@ -198,6 +199,7 @@ fn messages() -> Vec<Message> {
         Message::Boundary { generation },
         Message::Draining { left: Some(Duration::from_secs(120)) },
         Message::Draining { left: None },
+        Message::Serve { generation },
         Message::SaveNow { generation },
         Message::Publish { generation, step: Step(4), shards: vec![report(1), report(2)] },
         Message::Committed { kept: vec![commit(), commit()] },

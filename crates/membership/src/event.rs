@@ -284,6 +284,12 @@ pub enum Message {
         /// How long it can still be expected to live; none if it stays until it is released.
         left: Option<Duration>,
     },
+    /// This member has no place in that world, but holds what some of its members need: it is to let them in and serve
+    /// them while its program rests.
+    Serve {
+        /// The world.
+        generation: Generation,
+    },
     /// Make a checkpoint at the next step boundary.
     SaveNow {
         /// The world.
@@ -321,6 +327,7 @@ impl Message {
             | Message::Break { .. }
             | Message::Boundary { .. }
             | Message::Draining { .. }
+            | Message::Serve { .. }
             | Message::SaveNow { .. }
             | Message::Publish { .. }
             | Message::Committed { .. } => false,

@@ -410,6 +410,11 @@ impl Peer {
     pub fn outside(member: MemberId, address: String) -> Peer {
         Peer { member, rank: Rank(u32::MAX), address }
     }
+
+    /// Whether it has no place in the world.
+    pub fn is_outside(&self) -> bool {
+        self.rank == Rank(u32::MAX)
+    }
 }
 
 #[cfg(test)]

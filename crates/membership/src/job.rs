@@ -268,7 +268,7 @@ impl Job {
         let phase = match &self.phase {
             Phase::Forming(forming) => forming.deadline(),
             Phase::Establishing(establishing) => Some(self.establishing_deadline(establishing)),
-            Phase::Restoring(restoring) => Some(restoring.deadline),
+            Phase::Restoring(restoring) => Some(self.restoring_deadline(restoring)),
             Phase::Running(running) => running.deadline(&self.timing),
             Phase::Closed(_) => return None,
         };
@@ -305,9 +305,7 @@ impl Job {
         match &self.phase {
             Phase::Forming(forming) => self.forming_waits_for(forming),
             Phase::Establishing(establishing) => self.establishing_waits_for(establishing),
-            Phase::Restoring(restoring) => {
-                Waiting::Restored { missing: restoring.pending.keys().copied().collect() }
-            }
+            Phase::Restoring(restoring) => self.restoring_waits_for(restoring),
             Phase::Running(running) => self.running_waits_for(running),
             Phase::Closed(_) => Waiting::Nothing,
         }

@@ -104,6 +104,9 @@ pub enum Departure {
     Evicted,
     /// Its state differs from what the majority holds.
     Diverged,
+    /// Nobody has the job's state any more and no checkpoint was ever committed: only a program that is started again has
+    /// a state to begin with.
+    StateLost,
 }
 
 /// Why a new world was formed.
@@ -302,6 +305,10 @@ impl fmt::Display for Departure {
             Departure::Drained => write!(f, "it left as planned"),
             Departure::Evicted => write!(f, "an operator evicted it"),
             Departure::Diverged => write!(f, "its state differs from the majority's"),
+            Departure::StateLost => write!(
+                f,
+                "nobody has the job's state any more and no checkpoint was ever committed; started again, it begins anew"
+            ),
         }
     }
 }

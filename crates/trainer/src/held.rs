@@ -25,12 +25,12 @@ impl Held {
         }
     }
 
-    /// Whether a receiver that asks for `resume` gets the right bytes here. A fresh state has no lineage until a world
-    /// runs from it: it is asked for by the one it is about to get, at step 0.
-    pub(crate) fn serves(self, resume: Resume) -> bool {
+    /// Whether it is the state `resume`: whoever asks for that gets the right bytes here, and whoever is to go from it can.
+    /// A fresh state has no lineage until a world runs from it: it goes by the one it is about to get, at step 0.
+    pub(crate) fn is(self, resume: Resume) -> bool {
         match self {
             Held::Fresh(_) => resume.step == Step(0),
-            // An abandoned branch that is taken up again goes by a new lineage, at the same step.
+            // What a new world runs from goes by a new lineage, at the same step.
             Held::At(held) => held == resume || (held.step == resume.step && resume.lineage > held.lineage),
             Held::Torn => false,
         }
@@ -45,12 +45,12 @@ mod tests {
     #[test]
     fn a_holder_serves_its_own_state_and_no_other() {
         let at = |lineage, step| Resume { lineage: Lineage(lineage), step: Step(step) };
-        assert!(Held::At(at(2, 7)).serves(at(2, 7)));
-        assert!(!Held::At(at(2, 7)).serves(at(2, 8)));
-        assert!(!Held::At(at(2, 7)).serves(at(1, 7)));
-        assert!(Held::At(at(2, 7)).serves(at(5, 7)), "a branch that is taken up again has a new name");
-        assert!(Held::Fresh(Digest(1)).serves(at(1, 0)));
-        assert!(!Held::Fresh(Digest(1)).serves(at(1, 1)));
-        assert!(!Held::Torn.serves(at(1, 0)));
+        assert!(Held::At(at(2, 7)).is(at(2, 7)));
+        assert!(!Held::At(at(2, 7)).is(at(2, 8)));
+        assert!(!Held::At(at(2, 7)).is(at(1, 7)));
+        assert!(Held::At(at(2, 7)).is(at(5, 7)), "a branch that is taken up again has a new name");
+        assert!(Held::Fresh(Digest(1)).is(at(1, 0)));
+        assert!(!Held::Fresh(Digest(1)).is(at(1, 1)));
+        assert!(!Held::Torn.is(at(1, 0)));
     }
 }

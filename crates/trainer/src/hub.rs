@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use reknit_collectives::{AbortHandle, BreakReason, Group, Listener, Secret, StateConnection};
 use reknit_membership::event::Event;
-use reknit_membership::holding::ShardReport;
+use reknit_membership::holding::{Plan, ShardReport};
 use reknit_membership::record::Commit;
 use reknit_membership::world::Place;
 use reknit_membership::{Generation, Step};
@@ -52,6 +52,21 @@ struct Ring {
     generation: Generation,
     secret: SecretBytes,
     abort: AbortHandle,
+    /// What ends the moving of state for the plan that is being carried out.
+    moving: AbortHandle,
+}
+
+impl Ring {
+    fn abort(&self) {
+        self.abort.abort(BreakReason::Aborted);
+        self.moving.abort(BreakReason::Aborted);
+    }
+}
+
+/// A world without a place for this member, whose members it serves.
+struct Serving {
+    generation: Generation,
+    abort: AbortHandle,
 }
 
 /// What the link's thread is told.
@@ -72,6 +87,7 @@ pub(crate) struct Hub {
     to_program: std_mpsc::Sender<ToProgram>,
     /// What ends the ring, and the moving of state, of the present world.
     ring: Mutex<Option<Ring>>,
+    serving: Mutex<Option<Serving>>,
     to_saves: std_mpsc::Sender<ToSaves>,
     on_notice: Option<NoticeCallback>,
     noticed: AtomicBool,
@@ -99,6 +115,7 @@ impl Hub {
             to_link,
             to_program,
             ring: Mutex::new(None),
+            serving: Mutex::new(None),
             to_saves,
             on_notice,
             noticed: AtomicBool::new(false),
@@ -131,6 +148,8 @@ impl Hub {
             Output::Reconnect => self.say(ToLink::Reconnect),
             Output::Form { place, secret } => self.form(place, secret),
             Output::Abort { generation } => self.abort(generation),
+            Output::AbandonPlan { generation } => self.abandon_plan(generation),
+            Output::Serve { generation, secret } => self.serve(generation, secret),
             Output::Wake => self.tell_program(ToProgram::Wake),
             Output::Publish { generation, step, shards } => {
                 self.tell_saves(ToSaves::Publish { generation, step, shards });
@@ -157,9 +176,10 @@ impl Hub {
 
     fn form(self: &Arc<Hub>, place: Place, secret: SecretBytes) {
         let abort = AbortHandle::new();
-        let ring = Ring { generation: place.generation, secret, abort: abort.clone() };
+        let (generation, moving) = (place.generation, AbortHandle::new());
+        let ring = Ring { generation, secret, abort: abort.clone(), moving };
         if let Some(old) = lock(&self.ring).replace(ring) {
-            old.abort.abort(BreakReason::Aborted);
+            old.abort();
         }
         ring::form_in_background(self, place, secret, abort);
     }
@@ -167,15 +187,43 @@ impl Hub {
     fn abort(&self, generation: Generation) {
         let ring = lock(&self.ring);
         if let Some(ring) = ring.as_ref().filter(|ring| ring.generation <= generation) {
-            ring.abort.abort(BreakReason::Aborted);
+            ring.abort();
+        }
+        drop(ring);
+        if let Some(serving) = lock(&self.serving).take_if(|serving| serving.generation <= generation) {
+            serving.abort.abort(BreakReason::Aborted);
         }
     }
 
-    /// The secret of `generation`, and what ends its ring and the moving of its state, if it is the present one.
-    pub(crate) fn ring_of(&self, generation: Generation) -> Option<(Secret, AbortHandle)> {
+    fn abandon_plan(&self, generation: Generation) {
         let ring = lock(&self.ring);
-        let ring = ring.as_ref().filter(|ring| ring.generation == generation)?;
-        Some((Secret::new(ring.secret), ring.abort.clone()))
+        if let Some(ring) = ring.as_ref().filter(|ring| ring.generation == generation) {
+            ring.moving.abort(BreakReason::Aborted);
+        }
+    }
+
+    fn serve(self: &Arc<Hub>, generation: Generation, secret: SecretBytes) {
+        let abort = AbortHandle::new();
+        let serving = Serving { generation, abort: abort.clone() };
+        if let Some(old) = lock(&self.serving).replace(serving) {
+            old.abort.abort(BreakReason::Aborted);
+        }
+        ring::serve_in_background(self, generation, secret, abort);
+    }
+
+    /// The program begins to carry out `plan`: what the connections of its world must prove, and what ends the moving of
+    /// state for it. None if it is not the plan any more.
+    pub(crate) fn begin_plan(&self, plan: &Plan) -> Option<(Secret, AbortHandle)> {
+        // Under the session's lock, so that what makes the plan void comes before or after this, not in between.
+        let mut session = lock(&self.session);
+        let mut ring = lock(&self.ring);
+        let ring = ring.as_mut().filter(|ring| ring.generation == plan.generation)?;
+        if !session.is_planned(plan) || ring.abort.is_aborted() {
+            return None;
+        }
+        session.busy();
+        ring.moving = AbortHandle::new();
+        Some((Secret::new(ring.secret), ring.moving.clone()))
     }
 
     /// The coordinator said something.

@@ -77,6 +77,11 @@ async fn live(
             }
             Ended::Gone => {}
         }
+        if hub.look(|session| session.end().is_some()) {
+            // There is nothing to come back for, however long the program takes to drop its trainer.
+            end_of(&mut inbox).await;
+            return;
+        }
         attempt = if was_up { 0 } else { attempt.saturating_add(1) };
         jitter = mix(jitter);
         let most = (BACKOFF_FIRST * 2u32.saturating_pow(attempt.min(8))).min(BACKOFF_MAX);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use reknit_collectives::{AbortHandle, Door, FormError, Group, GroupOptions, Place as RingPlace, Secret};
 use reknit_membership::world::Place;
-use reknit_membership::{Rank, WorldSize};
+use reknit_membership::{Generation, Rank, WorldSize};
 use reknit_proto::rendezvous::SecretBytes;
 
 use crate::hub::{Hub, ToProgram};
@@ -58,10 +58,33 @@ fn keep(hub: &Arc<Hub>, door: &Door, place: &Place, secret: Secret, abort: &Abor
             return;
         }
     }
+    pass_on(hub, door, abort);
+}
+
+/// Passes on members that want state, until the world is over.
+fn pass_on(hub: &Hub, door: &Door, abort: &AbortHandle) {
     while !abort.is_aborted() && !door.is_closed() {
         if let Some(connection) = door.next_state(LOOK_EVERY) {
             hub.tell_program(ToProgram::Serve(connection));
         }
+    }
+}
+
+/// Lets members of a world in that has no place for this one, and passes them on.
+pub(crate) fn serve_in_background(
+    hub: &Arc<Hub>,
+    generation: Generation,
+    secret: SecretBytes,
+    abort: AbortHandle,
+) {
+    let door = hub.listener().open(generation, Secret::new(secret));
+    let keeper = {
+        let hub = Arc::clone(hub);
+        move || pass_on(&hub, &door, &abort)
+    };
+    let thread = std::thread::Builder::new().name(format!("reknit-serve-{generation}"));
+    if let Err(why) = thread.spawn(keeper) {
+        tracing::error!(%generation, error = %why, "no thread to serve members of a world with");
     }
 }
 

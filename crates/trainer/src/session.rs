@@ -54,6 +54,18 @@ pub enum Output {
         /// Which.
         generation: Generation,
     },
+    /// What is being moved for the plan that the program carries out is of no use any more.
+    AbandonPlan {
+        /// Its world.
+        generation: Generation,
+    },
+    /// Let members of this world in that want state, and serve them while the program rests.
+    Serve {
+        /// A world in which this member has no place.
+        generation: Generation,
+        /// What their connections must prove.
+        secret: SecretBytes,
+    },
     /// End the stream and begin a new one, with a new introduction.
     Reconnect,
     /// The program's directive may have changed.
@@ -160,6 +172,8 @@ pub struct Session {
     attached: bool,
     renew_every: Duration,
     world: Option<World>,
+    /// The world without a place for this member whose members it serves.
+    serving: Option<Generation>,
     /// What the program holds, while it is at rest.
     rest: Option<Holding>,
     step: Step,
@@ -188,6 +202,7 @@ impl Session {
             attached: false,
             renew_every: Duration::from_millis(200),
             world: None,
+            serving: None,
             rest: None,
             step: Step(0),
             writing: None,
@@ -267,6 +282,12 @@ impl Session {
         self.world.as_ref().is_some_and(|world| world.save_requested)
     }
 
+    /// Whether this plan is still the one to be carried out.
+    pub fn is_planned(&self, plan: &Plan) -> bool {
+        let world = self.world.as_ref().filter(|world| world.halt.is_none() && world.go.is_none());
+        self.end.is_none() && world.is_some_and(|world| world.plan.as_ref() == Some(plan))
+    }
+
     /// What the program is to do now.
     pub fn directive(&self) -> Directive {
         if let Some(end) = &self.end {
@@ -304,13 +325,17 @@ impl Session {
     }
 
     fn finish(&mut self, end: End) -> Vec<Output> {
-        let mut out = Vec::new();
-        if let Some(world) = &self.world {
-            out.push(Output::Abort { generation: world.place.generation });
-        }
+        let mut out = self.drop_worlds();
         self.end.get_or_insert(end);
         out.push(Output::Wake);
         out
+    }
+
+    /// Whatever it takes part in, or serves, is over for it.
+    fn drop_worlds(&mut self) -> Vec<Output> {
+        let own = self.world.as_ref().map(|world| world.place.generation);
+        let newest = own.max(self.serving.take());
+        newest.map(|generation| Output::Abort { generation }).into_iter().collect()
     }
 
     /// The coordinator said something.
@@ -333,6 +358,7 @@ impl Session {
                 Vec::new()
             }),
             Message::Draining { left } => vec![Output::Notice { left }],
+            Message::Serve { generation } => self.is_to_serve(generation, told.secret.unwrap_or_default()),
             Message::SaveNow { generation } => self.with_world(generation, |world| {
                 world.save_requested = true;
                 Vec::new()
@@ -411,7 +437,11 @@ impl Session {
                 | Departure::Diverged,
             ) => self.come_back(),
             Refusal::Departed(
-                Departure::Replaced { .. } | Departure::Left | Departure::Drained | Departure::Evicted,
+                Departure::Replaced { .. }
+                | Departure::Left
+                | Departure::Drained
+                | Departure::Evicted
+                | Departure::StateLost,
             )
             | Refusal::JobClosed(_)
             | Refusal::BadSpec(_)
@@ -424,10 +454,8 @@ impl Session {
     }
 
     fn come_back(&mut self) -> Vec<Output> {
-        let mut out = Vec::new();
-        if let Some(world) = self.world.take() {
-            out.push(Output::Abort { generation: world.place.generation });
-        }
+        let mut out = self.drop_worlds();
+        self.world = None;
         self.member = (self.next_id)();
         self.attached = false;
         self.saves.clear();
@@ -447,10 +475,7 @@ impl Session {
             self.world.iter_mut().for_each(|world| world.ready_due = true);
             return self.ready();
         }
-        let mut out = Vec::new();
-        if let Some(old) = &self.world {
-            out.push(Output::Abort { generation: old.place.generation });
-        }
+        let mut out = self.drop_worlds();
         out.push(Output::Form { place: place.clone(), secret });
         self.placed = true;
         self.world = Some(World {
@@ -489,13 +514,27 @@ impl Session {
             match &world.plan {
                 Some(known) if known.attempt > plan.attempt => Vec::new(),
                 Some(known) if *known == plan => world.answer.clone().map(Output::Send).into_iter().collect(),
-                Some(_) | None => {
+                known => {
+                    let abandons = known.is_some() && world.answer.is_none();
+                    let mut out = Vec::new();
+                    if abandons {
+                        out.push(Output::AbandonPlan { generation: plan.generation });
+                    }
                     world.plan = Some(plan);
                     world.answer = None;
-                    vec![Output::Wake]
+                    out.push(Output::Wake);
+                    out
                 }
             }
         })
+    }
+
+    fn is_to_serve(&mut self, generation: Generation, secret: SecretBytes) -> Vec<Output> {
+        if generation <= self.generation() || self.serving >= Some(generation) {
+            return Vec::new();
+        }
+        self.serving = Some(generation);
+        vec![Output::Serve { generation, secret }]
     }
 
     fn broken_elsewhere(&mut self, generation: Generation) -> Vec<Output> {

@@ -294,6 +294,13 @@ impl Trainer {
             session.busy();
             Vec::new()
         });
+        if !self.held.is(resume) {
+            // The barrier opens for those that have the state. Whoever has not, whatever has happened to the
+            // coordinator's memory of it, must not take part: the world is to be formed anew.
+            tracing::error!(%generation, ?resume, held = ?self.held, "told to go without the state to go from");
+            self.hub.bring(|session| session.broken(generation, Vec::new()));
+            return Ok(false);
+        }
         self.prepare_saves()?;
         self.running = Some(generation);
         self.held = Held::At(resume);
@@ -323,11 +330,7 @@ impl Trainer {
 
     /// Brings the state to where the plan says, and says what became of it.
     fn restore<S: State>(&mut self, plan: &Plan, state: &mut S) {
-        self.hub.bring(|session| {
-            session.busy();
-            Vec::new()
-        });
-        let Some((secret, abort)) = self.hub.ring_of(plan.generation) else { return };
+        let Some((secret, abort)) = self.hub.begin_plan(plan) else { return };
         // Until all of it is there, it is neither the old state nor the new one.
         self.held = Held::Torn;
         self.state_replaced = true;

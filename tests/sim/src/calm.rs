@@ -122,6 +122,10 @@ impl Sim {
     }
 
     async fn tries_an_outage(&mut self) {
+        if self.options.window < 100 && !self.comes_back_in_time() {
+            // What was held up comes at once when the store is back: a slow reader may be cut off.
+            return;
+        }
         let before = self.generation();
         let length = self.rng.within((100, 20_000));
         self.store_outage(length);
@@ -194,8 +198,8 @@ impl Sim {
 
     async fn tries_a_burst(&mut self) {
         let window = self.options.timing.merge_quiet.as_millis() as Ms;
-        if 4 * self.options.control_ms.1 + 80 > window {
-            // Requests of one instant would not arrive within one window.
+        if 4 * self.options.control_ms.1 + 80 > window || self.options.inbound < self.options.hosts * 4 {
+            // Requests of one instant would not arrive, or not be let in, within one window.
             return;
         }
         let mut leaving = self.seated();

@@ -333,7 +333,7 @@ impl Sim {
         self.operator_heals();
     }
 
-    /// One coordinator is enough. Of two the later one stays: whoever made it start knew that the other was done for.
+    /// One coordinator is enough. Of two neither may know what the other saved last: one starts anew.
     fn one_server(&mut self) {
         let mut up: Vec<(u64, usize)> = self
             .servers
@@ -345,6 +345,9 @@ impl Sim {
         let Some((_, last)) = up.pop() else { return self.after(10, Happening::ServerStarts { server: 0 }) };
         for (_, extra) in up {
             self.server_crashes(extra, false);
+        }
+        if self.servers.len() > 1 {
+            return self.server_crashes(last, true);
         }
         let life = self.servers[last].life;
         self.server_continues(last, life);

@@ -22,8 +22,14 @@ const FAREWELL: (u64, u64) = (5, 1_000);
 impl Sim {
     /// A machine gets a process, unless it has one.
     pub(crate) fn starts(&mut self, host: usize) {
-        let there = self.on_host[host].is_some_and(|process| self.processes[process].is_there());
-        if there || self.is_job_over() {
+        if self.is_job_over() {
+            return;
+        }
+        if let Some(process) = self.on_host[host].filter(|process| self.processes[*process].is_there()) {
+            if self.processes[process].session.end().is_some() {
+                // It is about to go.
+                self.after(200, Happening::Starts { host });
+            }
             return;
         }
         if self.hold_starts {
@@ -68,6 +74,7 @@ impl Sim {
             ring: None,
             in_call: None,
             doors: BTreeMap::new(),
+            serving: None,
             doors_over: None,
             rest: 0,
             saver: Saver::default(),

@@ -40,6 +40,11 @@ impl Sim {
             Output::Reconnect => self.reconnects(process),
             Output::Form { place, secret } => self.forms(process, place, secret),
             Output::Abort { generation } => self.aborts(process, generation),
+            Output::AbandonPlan { generation } => {
+                self.coverage.hit("a plan is void before it is carried out");
+                self.restore_aborts(process, generation);
+            }
+            Output::Serve { generation, secret } => self.serves(process, generation, secret),
             Output::Wake => self.wakes(process),
             Output::Publish { generation, step, shards } => {
                 self.is_to_publish(process, generation, step, shards)
@@ -114,6 +119,7 @@ impl Sim {
             | Message::Boundary { .. }
             | Message::SaveNow { .. }
             | Message::Draining { .. }
+            | Message::Serve { .. }
             | Message::Publish { .. }
             | Message::Committed { .. }
             | Message::Released
@@ -194,6 +200,10 @@ impl Sim {
         }
         let p = &mut self.processes[process];
         p.session.disconnected();
+        if p.session.end().is_some() {
+            p.link = Link::Over;
+            return;
+        }
         p.link = Link::Pauses;
         p.attempts = if was_up { 0 } else { p.attempts.saturating_add(1) };
         p.connect_turn += 1;

@@ -1,70 +1,82 @@
-//! The simulation's command.
-#![allow(clippy::print_stdout)]
+//! Looks for seeds that break a rule, and replays them.
+
+#![allow(clippy::print_stdout, reason = "what was found is this command's output")]
+
+use std::ops::Range;
+use std::process::ExitCode;
+use std::time::Instant;
 
 use clap::Parser;
-use reknit_sim::coverage::Coverage;
 use reknit_sim::mutants::Mutant;
 use reknit_sim::options::Options;
 use reknit_sim::run::run;
+use reknit_sim::seeds::run_all;
 
+/// The whole system under virtual time: looks for seeds that break a rule, and replays them
 #[derive(Parser)]
 struct Args {
-    #[arg(long)]
+    /// Run this seed alone
+    #[arg(long, conflicts_with = "seeds")]
     seed: Option<u64>,
-    #[arg(long)]
+    /// Show all that happens in it
+    #[arg(long, requires = "seed")]
     trace: bool,
-    #[arg(long, default_value = "0..100")]
-    seeds: String,
-    #[arg(long)]
-    mutant: Option<Mutant>,
+    /// Run these seeds, the last one excluded
+    #[arg(long, value_parser = range, default_value = "0..1000")]
+    seeds: Range<u64>,
+    /// Go on after a seed that breaks a rule
     #[arg(long)]
     keep_going: bool,
+    /// Break this rule on purpose
+    #[arg(long)]
+    mutant: Option<Mutant>,
 }
 
-fn main() {
+fn range(text: &str) -> Result<Range<u64>, String> {
+    let parsed = text.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
+    parsed.ok_or_else(|| "two numbers and two dots between them, like 0..1000".to_owned())
+}
+
+fn main() -> ExitCode {
     let args = Args::parse();
-    if let Some(seed) = args.seed {
-        let options = Options::drawn(seed).with_mutant(args.mutant);
-        println!("{options}");
-        let report = run(options, args.trace);
-        for line in &report.lines {
-            println!("{line}");
+    let holds = match args.seed {
+        Some(seed) => replay(seed, args.mutant, args.trace),
+        None => search(args.seeds, args.mutant, args.keep_going),
+    };
+    if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn replay(seed: u64, mutant: Option<Mutant>, trace: bool) -> bool {
+    let options = Options::drawn(seed).with_mutant(mutant);
+    println!("{options}");
+    let report = run(options, trace);
+    report.lines.iter().for_each(|line| println!("{line}"));
+    println!(
+        "{} ms of virtual time, {} things happened, {} generations, {} steps; fingerprint {:016x}",
+        report.virtual_ms, report.events, report.generations, report.steps, report.digest
+    );
+    match &report.violation {
+        Some(violation) => {
+            println!("broken: {} after {} ms: {}", violation.invariant, violation.at, violation.what)
         }
-        println!(
-            "{:?} {} ms, {} events, {} generations, {} steps",
-            report.violation, report.virtual_ms, report.events, report.generations, report.steps
-        );
-        return;
+        None => println!("every rule holds"),
     }
-    let (a, b) = args.seeds.split_once("..").expect("A..B");
-    let (a, b): (u64, u64) = (a.parse().expect("number"), b.parse().expect("number"));
-    let mut coverage = Coverage::default();
-    let began = std::time::Instant::now();
-    let mut events = 0;
-    let mut virt = 0;
-    let mut bad: std::collections::BTreeMap<&str, Vec<u64>> = Default::default();
-    for seed in a..b {
-        let t = std::time::Instant::now();
-        let report = run(Options::drawn(seed).with_mutant(args.mutant), false);
-        if t.elapsed().as_millis() > 400 {
-            println!("slow seed {seed}: {:?} {} events {} ms", t.elapsed(), report.events, report.virtual_ms);
-        }
-        coverage.add(&report.coverage);
-        events += report.events;
-        virt += report.virtual_ms;
-        if let Some(v) = &report.violation {
-            let mut what = v.what.clone();
-            what.truncate(250);
-            println!("seed {seed}: {} at {}: {what}", v.invariant, v.at);
-            bad.entry(v.invariant).or_default().push(seed);
-            if !args.keep_going {
-                break;
-            }
-        }
+    report.violation.is_none()
+}
+
+fn search(seeds: Range<u64>, mutant: Option<Mutant>, keep_going: bool) -> bool {
+    let began = Instant::now();
+    let outcome = run_all(seeds, mutant, !keep_going, |found| println!("{found}"));
+    for (what, count) in &outcome.coverage.counts {
+        println!("{count:>10}  {what}");
     }
-    println!("{:#?}", coverage.counts);
-    println!("{:?}, {events} events, {virt} virtual ms", began.elapsed());
-    for (k, v) in &bad {
-        println!("{k}: {} {:?}", v.len(), &v[..v.len().min(12)]);
-    }
+    println!(
+        "{} seeds in {:.1} s: {} hours of virtual time, {} things happened; {} seeds break a rule",
+        outcome.runs,
+        began.elapsed().as_secs_f64(),
+        outcome.virtual_ms / 3_600_000,
+        outcome.events,
+        outcome.found.len()
+    );
+    outcome.found.is_empty()
 }

@@ -21,10 +21,9 @@ pub enum Mutant {
     AppliesTwice,
     /// A member claims to hold one step more than it does.
     ClaimsTooMuch,
-    /// A barrier opens at once with the state of the go before: a go that is not bound to its generation.
+    /// A barrier opens at once with the state of the go before, and members do not look whether they have it: a go that is
+    /// not bound to its generation.
     StaleGo,
-    /// A holder hands out whatever it has: no check of the state that was asked for.
-    ServesAnything,
     /// Ranks take their shares as if they were one rank further.
     ShiftsShares,
     /// A part of a checkpoint is reported and not written.
@@ -33,8 +32,6 @@ pub enum Mutant {
     BlindDigests,
     /// Two members of a world are told each other's ranks.
     SwapsRanks,
-    /// A member hears of the world that follows and never answers.
-    NeverReady,
     /// A member that is refused goes on under its old id and old world.
     IgnoresRefusal,
     /// A committed checkpoint's files are deleted too early.

@@ -150,11 +150,13 @@ impl Sim {
                 }
             }
         }
+        let mut is_news = false;
         let mut looks = std::mem::take(&mut self.operator.looks);
         looks.retain_mut(|(_, look)| match look.try_recv() {
             Ok((status, members)) => {
                 self.seen(&Seen::Status { status: &status, members });
                 self.operator.last_status = Some(status);
+                is_news = true;
                 false
             }
             Err(TryRecvError::Empty) => true,
@@ -162,6 +164,24 @@ impl Sim {
         });
         looks.append(&mut self.operator.looks);
         self.operator.looks = looks;
+        if is_news && matches!(self.stage, Stage::Heal | Stage::Finish) {
+            self.undrains_who_came_back();
+        }
+    }
+
+    /// A member that was not there when an operator put things right may still be about to leave.
+    fn undrains_who_came_back(&mut self) {
+        let members = self.operator.last_status.iter().flat_map(|status| &status.members);
+        let asked = self.operator.asks.values().map(|ask| &ask.operation);
+        let asked: Vec<&Operation> = asked.collect();
+        let leaving: Vec<Operation> = members
+            .filter(|member| member.drain.is_some())
+            .map(|member| Operation::Undrain { name: member.name.clone() })
+            .filter(|undrain| !asked.contains(&undrain))
+            .collect();
+        for undrain in leaving {
+            self.asks(undrain, true);
+        }
     }
 
     fn is_answered(&mut self, number: u64, answer: &Answer) {
@@ -177,7 +197,7 @@ impl Sim {
             self.store_forgets_the_last();
             self.server_crashes(server, true);
         }
-        self.seen(&Seen::Answered { server, operation: &operation, answer, repeated });
+        self.seen(&Seen::Answered { operation: &operation, answer, repeated });
         let lost = self.stage == Stage::Chaos && self.rng.chance(self.options.faults.answer_lost);
         let unsettled = insists && *answer == Answer::NotRunning;
         if lost || unsettled {

@@ -43,7 +43,7 @@ impl Held {
         }
     }
 
-    pub(crate) fn serves(self, resume: Resume) -> bool {
+    pub(crate) fn is(self, resume: Resume) -> bool {
         match self {
             Held::Fresh(_) => resume.step == Step(0),
             Held::At(held) => held == resume || (held.step == resume.step && resume.lineage > held.lineage),
@@ -238,6 +238,8 @@ pub(crate) struct Process {
     pub(crate) in_call: Option<CallKey>,
     /// Generations whose door is open, with its secret.
     pub(crate) doors: BTreeMap<Generation, SecretBytes>,
+    /// The world without a place for it whose members it lets in.
+    pub(crate) serving: Option<Generation>,
     /// The newest generation whose door was closed.
     pub(crate) doors_over: Option<Generation>,
     /// Counts the times it began to rest.

@@ -166,6 +166,11 @@ impl Sim {
             return false;
         }
         self.is_busy(process);
+        if !self.processes[process].held.is(resume) && self.options.mutant != Some(Mutant::StaleGo) {
+            self.coverage.hit("a go is refused for want of its state");
+            self.bring(process, |session| session.broken(generation, Vec::new()));
+            return false;
+        }
         let p = &mut self.processes[process];
         p.running = Some(generation);
         p.held = Held::At(resume);

@@ -2,12 +2,11 @@
 
 use reknit_membership::holding::{Moved, Plan, Resume};
 use reknit_membership::world::Peer;
-use reknit_membership::{Digest, Generation, MemberId, Rank};
+use reknit_membership::{Digest, Generation, MemberId};
 
 use crate::disk::state_digest;
 use crate::happening::{Happening, ProcessKey};
 use crate::invariants::Seen;
-use crate::mutants::Mutant;
 use crate::process::{Content, Fetch, FetchStage, Held, Program, Restoring};
 use crate::queue::Ms;
 use crate::rng::fold;
@@ -31,7 +30,7 @@ impl Sim {
         let peers: Vec<Peer> = plan.fetch.iter().flat_map(|fetch| fetch.from.iter().cloned()).collect();
         let loads = plan.load.is_some();
         self.log(80, process as u64, |sim| format!("{} restores {:?}", sim.who(process), plan.resume));
-        if peers.iter().any(|peer| peer.rank == Rank(u32::MAX)) {
+        if peers.iter().any(Peer::is_outside) {
             self.coverage.hit("state is fetched from outside the world");
         }
         let source =
@@ -93,7 +92,7 @@ impl Sim {
                     self.fetch_fails(process, fetch.from, "it does not serve");
                 } else if !p.runs() || !p.is_resting() {
                     self.within(AGAIN, again);
-                } else if !p.held.serves(resume) && self.options.mutant != Some(Mutant::ServesAnything) {
+                } else if !p.held.is(resume) {
                     self.coverage.hit("a holder is asked for what it does not hold");
                     self.fetch_fails(process, fetch.from, "it does not hold the state");
                 } else {
@@ -130,7 +129,6 @@ impl Sim {
             Some(secret) if Some(*secret) == ours => Door::Open,
             Some(_) => Door::Stranger,
             None if theirs.doors_over >= Some(generation) => Door::Over,
-            None if OUTSIDERS_SERVE && theirs.generation() < generation => Door::Open,
             None => Door::NotYet,
         }
     }
@@ -248,7 +246,7 @@ impl Sim {
         }
     }
 
-    /// The world is over while its state is being moved.
+    /// The world is over, or its plan void, while its state is being moved.
     pub(crate) fn restore_aborts(&mut self, process: ProcessKey, generation: Generation) {
         let Program::Restores(Restoring { plan, .. }) = &self.processes[process].program else { return };
         // Reading a checkpoint goes on to its end.
@@ -258,10 +256,6 @@ impl Sim {
         }
     }
 }
-
-/// Members that have no place in a world serve what they hold all the same, as the core's plans expect of them. The
-/// trainer cannot do so yet: a member only opens the doors of worlds that it was told of.
-const OUTSIDERS_SERVE: bool = true;
 
 /// What a receiver finds at a holder's listener.
 enum Door {

@@ -46,6 +46,22 @@ impl Sim {
         self.within(bounds, what);
     }
 
+    /// `Hub::serve`: lets members of a world in that has no place for this one.
+    pub(crate) fn serves(&mut self, process: ProcessKey, generation: Generation, secret: SecretBytes) {
+        self.coverage.hit("a member serves a world that it has no place in");
+        self.stops_serving(process, generation);
+        let p = &mut self.processes[process];
+        p.serving = Some(generation);
+        p.doors.insert(generation, secret);
+    }
+
+    fn stops_serving(&mut self, process: ProcessKey, at_most: Generation) {
+        let served = self.processes[process].serving.take_if(|served| *served <= at_most);
+        if let Some(generation) = served {
+            self.within(DOOR_CLOSES, Happening::DoorCloses { process, generation });
+        }
+    }
+
     pub(crate) fn dials(&mut self, process: ProcessKey, generation: Generation) {
         let Some(ring) = self.processes[process].ring_of(generation).filter(|ring| !ring.aborted) else {
             return;
@@ -127,6 +143,7 @@ impl Sim {
 
     /// `Hub::abort`: the world is over, as the coordinator or the session says.
     pub(crate) fn aborts(&mut self, process: ProcessKey, generation: Generation) {
+        self.stops_serving(process, generation);
         let own = self.processes[process].ring.as_ref().map(Ring::generation);
         if let Some(own) = own.filter(|own| *own <= generation) {
             self.ring_aborts(process, own);

@@ -210,7 +210,7 @@ impl Sim {
         }
         let generation = world.generation;
         let fit = self.fitting().unwrap_or_default();
-        if world.size().0 < fit || world.generation != record.generation {
+        if world.size().0 != fit || world.generation != record.generation {
             return None;
         }
         let all_run = world.seats.iter().all(|seat| {

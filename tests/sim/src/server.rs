@@ -253,12 +253,6 @@ impl Sim {
         }
     }
 
-    /// Whether another coordinator was started after this one.
-    pub(crate) fn is_succeeded(&self, server: usize) -> bool {
-        let started = self.servers[server].started;
-        self.servers.iter().any(|other| other.number != server && other.life > 0 && other.started > started)
-    }
-
     pub(crate) fn server_continues(&mut self, server: usize, life: u32) {
         let s = &mut self.servers[server];
         if !s.up || s.life != life || !s.stopped {

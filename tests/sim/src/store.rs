@@ -256,7 +256,7 @@ impl Sim {
         let current = self.store.saved().map(|saved| saved.revision).unwrap_or_default();
         let result = if current == *expected {
             let value = std::mem::take(value);
-            Ok(self.store_applies(server, value))
+            Ok(self.store_applies(server, life, value))
         } else {
             self.coverage.hit("a save conflicts");
             self.seen(&Seen::Forgot { server });
@@ -277,7 +277,7 @@ impl Sim {
         self.after(wait, Happening::StoreAnswers { request });
     }
 
-    fn store_applies(&mut self, server: usize, value: Vec<u8>) -> Revision {
+    fn store_applies(&mut self, server: usize, life: u32, value: Vec<u8>) -> Revision {
         let decoded = reknit_proto::record::decode(&value);
         let (record, secret) = decoded.expect("a coordinator writes what it can read");
         let again = reknit_proto::record::decode(&reknit_proto::record::encode(&record, &secret));
@@ -308,7 +308,8 @@ impl Sim {
             )
         });
         self.notes_fork(&record);
-        self.seen(&Seen::Stored { server, before: old.as_deref(), after: &record });
+        let by_ghost = self.servers[server].life != life || !self.servers[server].up;
+        self.seen(&Seen::Stored { server, by_ghost, before: old.as_deref(), after: &record });
         revision
     }
 

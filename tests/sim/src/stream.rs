@@ -436,6 +436,7 @@ pub(crate) fn short(message: &Message) -> String {
         | Message::Go { .. }
         | Message::Break { .. }
         | Message::Boundary { .. }
+        | Message::Serve { .. }
         | Message::SaveNow { .. }
         | Message::Draining { .. }
         | Message::Released

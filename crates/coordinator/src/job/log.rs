@@ -17,6 +17,7 @@ pub(super) fn note(job: &JobId, note: &Note) {
             | Departure::Gone
             | Departure::Unready
             | Departure::Unrestored
+            | Departure::StateLost
             | Departure::Stuck
             | Departure::Unreachable
             | Departure::Replaced { .. }

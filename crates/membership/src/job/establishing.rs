@@ -70,7 +70,8 @@ impl Job {
     pub(super) fn resume_if_ready(&mut self, out: &mut Out) {
         let (seats, unheard) = (self.seats(), self.unheard.len());
         let Phase::Establishing(establishing) = &self.phase else { return };
-        if establishing.ready.len() < seats || unheard > 0 || self.others_may_know_more(establishing) {
+        let waits = establishing.ready.len() < seats || unheard > 0 || self.a_holder_is_away();
+        if waits || self.others_may_know_more(establishing) {
             return;
         }
         let Phase::Establishing(establishing) = &mut self.phase else { return };
@@ -96,6 +97,12 @@ impl Job {
         }
     }
 
+    /// Whether a member without a place that holds something has just lost its stream: it comes back, or is lost, at once.
+    fn a_holder_is_away(&self) -> bool {
+        let holds = |holding: &Holding| matches!(holding, Holding::State { .. });
+        self.rested.iter().any(|(member, holding)| holds(holding) && !self.is_reachable(*member))
+    }
+
     /// After a start of the coordinator: whether a member that it has not heard of may hold a newer state than all who
     /// are there. Not if one of the last world that ran is there, for its other members are all known.
     fn others_may_know_more(&self, establishing: &Establishing) -> bool {
@@ -109,7 +116,13 @@ impl Job {
     /// Decides from which state the world resumes, and lets it run at once if nobody has to move anything.
     fn resume_from(&mut self, held: BTreeMap<MemberId, Holding>, attempt: u32, out: &mut Out) {
         match self.decide(&held) {
-            None => self.unrestorable(out),
+            None => {
+                let is_lost = self.is_lost(&held);
+                self.unrestorable(out);
+                if is_lost {
+                    self.give_up_state(&held, out);
+                }
+            }
             Some(decision) if decision.moves.is_empty() => {
                 self.go(decision.resume.step, decision.source, out);
             }
@@ -135,6 +148,30 @@ impl Job {
         })
     }
 
+    /// Whether there is no checkpoint that could be mended, and nobody has anything.
+    pub(super) fn is_lost(&self, held: &BTreeMap<MemberId, Holding>) -> bool {
+        let nothing = |holding: &Holding| *holding == Holding::Nothing;
+        self.record.commits.is_empty()
+            && held.values().all(nothing)
+            && self.outside().iter().all(|(_, holding)| nothing(holding))
+    }
+
+    /// Only programs that are started again have a state to begin with: those that are here are told so, and end.
+    fn give_up_state(&mut self, held: &BTreeMap<MemberId, Holding>, out: &mut Out) {
+        for member in held.keys() {
+            self.lose(*member, Departure::StateLost, out);
+        }
+        self.try_again(out);
+    }
+
+    /// What could not be restored is tried again at once.
+    pub(super) fn try_again(&mut self, out: &mut Out) {
+        if let Phase::Forming(forming) = &mut self.phase {
+            forming.hold = None;
+        }
+        self.try_form(out);
+    }
+
     /// No source of state is left. An operator may mend it, or a member with a better disk may join: tried again.
     pub(super) fn unrestorable(&mut self, out: &mut Out) {
         let tried: BTreeSet<_> = self.unreadable.iter().map(|(_, step)| *step).collect();
@@ -156,12 +193,18 @@ impl Job {
     /// held up by their own program. Those that have no place in it hold up the others no longer than that.
     pub(super) fn establish_overdue(&mut self, out: &mut Out) {
         let mut late: Vec<MemberId> = Vec::new();
-        late.extend(self.unheard.iter().filter(|(_, until)| **until <= self.now).map(|(member, _)| *member));
+        late.extend(self.unheard_for_too_long());
         late.extend(self.unready_for_too_long());
         for member in &late {
             self.lose(*member, Departure::Unready, out);
         }
         self.after_loss(out);
+    }
+
+    /// Members without a place that have not said in time what they hold.
+    pub(super) fn unheard_for_too_long(&self) -> Vec<MemberId> {
+        let late = self.unheard.iter().filter(|(_, until)| **until <= self.now);
+        late.map(|(member, _)| *member).collect()
     }
 
     fn unready_for_too_long(&mut self) -> Vec<MemberId> {

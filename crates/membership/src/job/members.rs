@@ -16,15 +16,20 @@ pub(crate) const GENERATION_JUMP_MAX: u64 = 1 << 20;
 
 impl Job {
     pub(super) fn attach(&mut self, member: MemberId, join: Join, out: &mut Out) {
-        if let Some(refusal) = self.refuses(member, &join) {
+        if let Some(refusal) = self.is_of_another_job(&join) {
             out.tell(member, Message::Refused(refusal));
             return;
         }
         let told = join.history.map_or(Generation(0), |_| join.generation);
-        // Nobody is told to go before that is saved: who was told so knows more than this store, too.
+        // Nobody is told to go before that is saved: who was told so knows more than this store, too. It is to be learned
+        // even from somebody who is then refused.
         let went = join.running && told == self.record.generation && self.record.stage == Stage::Published;
         if told > self.record.generation || went {
             self.store_rolled_back(told, out);
+        }
+        if let Some(refusal) = self.refuses(member, &join) {
+            out.tell(member, Message::Refused(refusal));
+            return self.try_form(out);
         }
         let is_new = !self.members.contains_key(&member);
         if is_new {
@@ -63,25 +68,32 @@ impl Job {
                 self.ask_boundary(out);
             }
             Phase::Running(_) if !seated => self.consider_spare(member, is_new, out),
-            Phase::Running(_) | Phase::Restoring(_) | Phase::Closed(_) => {}
+            // It may have replaced one that others get their state from.
+            Phase::Restoring(_) => self.restore_on(out),
+            Phase::Running(_) | Phase::Closed(_) => {}
         }
     }
 
-    /// Why a stream with this introduction is refused, if it is (rule M-8).
-    fn refuses(&self, member: MemberId, join: &Join) -> Option<Refusal> {
+    /// Why an introduction has nothing to do with this job as it is now, if so.
+    fn is_of_another_job(&self, join: &Join) -> Option<Refusal> {
         if let Phase::Closed(closure) = self.phase {
             return Some(Refusal::JobClosed(closure));
         }
         if let Some(theirs) = join.history.filter(|theirs| *theirs != self.record.history) {
             return Some(Refusal::OtherHistory { ours: self.record.history, theirs });
         }
-        if let Some(how) = self.record.departure(member) {
-            return Some(Refusal::Departed(how));
-        }
         let far_ahead = self.record.generation.0.saturating_add(GENERATION_JUMP_MAX);
         if join.generation.0 > far_ahead {
             let ours = self.record.history;
             return Some(Refusal::OtherHistory { ours, theirs: join.history.unwrap_or(ours) });
+        }
+        None
+    }
+
+    /// Why a member of this job is refused, if it is (rule M-8).
+    fn refuses(&self, member: MemberId, join: &Join) -> Option<Refusal> {
+        if let Some(how) = self.record.departure(member) {
+            return Some(Refusal::Departed(how));
         }
         if self.members.contains_key(&member) {
             return None;
@@ -159,6 +171,11 @@ impl Job {
                 out.tell(member, Message::Break { generation: told });
                 self.ask_what_it_holds(member);
             }
+            if let Phase::Restoring(restoring) = &self.phase
+                && restoring.counts_on(member)
+            {
+                out.tell(member, Message::Serve { generation });
+            }
             return self.retell_publish(member, out);
         };
         match &self.phase {
@@ -204,13 +221,17 @@ impl Job {
     pub(super) fn rests(&mut self, member: MemberId, holding: Holding, out: &mut Out) {
         self.unheard.remove(&member);
         self.rested.insert(member, holding);
-        self.resume_if_ready(out);
+        match self.phase {
+            Phase::Establishing(_) => self.resume_if_ready(out),
+            Phase::Restoring(_) => self.restore_on(out),
+            Phase::Forming(_) | Phase::Running(_) | Phase::Closed(_) => {}
+        }
     }
 
     /// Members without a place in the world that serve what they hold, with their addresses.
     pub(super) fn outside(&self) -> Vec<(Peer, Holding)> {
-        let serving = self.rested.iter().filter(|(member, _)| self.is_reachable(**member));
-        serving
+        self.rested
+            .iter()
             .filter_map(|(member, holding)| {
                 let address = self.members.get(member)?.address.clone();
                 Some((Peer::outside(*member, address), holding.clone()))
@@ -409,7 +430,8 @@ impl Job {
             | Departure::Replaced { .. }
             | Departure::Left
             | Departure::Evicted
-            | Departure::Diverged => Message::Refused(Refusal::Departed(how)),
+            | Departure::Diverged
+            | Departure::StateLost => Message::Refused(Refusal::Departed(how)),
         };
         out.tell(member, last_word);
         self.record.depart(member, how);
@@ -452,7 +474,8 @@ impl Job {
             Phase::Forming(_) => self.try_form(out),
             Phase::Running(_) => self.review(false, out),
             Phase::Establishing(_) => self.resume_if_ready(out),
-            Phase::Restoring(_) | Phase::Closed(_) => {}
+            Phase::Restoring(_) => self.restore_on(out),
+            Phase::Closed(_) => {}
         }
     }
 

@@ -7,7 +7,7 @@ use super::{Job, Out, Phase};
 use crate::event::Message;
 use crate::holding::{Decision, Holding, Moved, Moves, Plan, Resume, Shards, Source};
 use crate::ids::{Generation, Lineage, MemberId, Step, Timestamp};
-use crate::reason::{Cause, Departure, Note};
+use crate::reason::{Cause, Departure, Note, Waiting};
 use crate::record::Stage;
 
 /// Every member has answered; some move state before the barrier opens.
@@ -21,6 +21,8 @@ pub(crate) struct Restoring {
     /// Who could not load the checkpoint and waits for somebody who could.
     failed: BTreeSet<MemberId>,
     held: BTreeMap<MemberId, Holding>,
+    /// Members without a place in the world that others get their state from.
+    outside: BTreeSet<MemberId>,
     pub(super) deadline: Timestamp,
 }
 
@@ -31,7 +33,10 @@ impl Restoring {
         attempt: u32,
         deadline: Timestamp,
     ) -> Restoring {
+        let fetches = decision.moves.values().flat_map(|moves| &moves.fetch);
+        let peers = fetches.flat_map(|fetch| &fetch.from).filter(|peer| peer.is_outside());
         Restoring {
+            outside: peers.map(|peer| peer.member).collect(),
             resume: decision.resume,
             source: decision.source,
             attempt,
@@ -53,7 +58,15 @@ impl Restoring {
         })
     }
 
+    /// Whether others get their state from this member, which has no place in the world.
+    pub(super) fn counts_on(&self, member: MemberId) -> bool {
+        self.outside.contains(&member)
+    }
+
     fn tell_plans(&self, generation: Generation, out: &mut Out) {
+        for member in &self.outside {
+            out.tell(*member, Message::Serve { generation });
+        }
         for member in self.pending.keys() {
             if let Some(plan) = self.plan_of(*member, generation) {
                 out.tell(*member, Message::Plan(plan));
@@ -114,6 +127,8 @@ impl Job {
     fn go_if_restored(&mut self, out: &mut Out) {
         if let Phase::Restoring(restoring) = &self.phase
             && restoring.pending.is_empty()
+            // Who has just come back may hold a newer state, and is waited for as long as for any other answer.
+            && self.unheard.is_empty()
         {
             self.go(restoring.resume.step, restoring.source, out);
         }
@@ -188,6 +203,25 @@ impl Job {
         self.replan(out);
     }
 
+    /// What members without a place in the world hold has changed. If others get their state from one that is gone,
+    /// nobody waits until that shows; if one came back with a newer state, that one is gone to (rule M-7).
+    pub(super) fn restore_on(&mut self, out: &mut Out) {
+        let Phase::Restoring(restoring) = &self.phase else { return };
+        let is_gone = |member: &MemberId| !self.members.contains_key(member);
+        let is_newer = |holding: &Holding| match holding {
+            Holding::State { resume, .. } => resume.step > restoring.resume.step,
+            Holding::Fresh { .. } | Holding::Nothing => false,
+        };
+        let better = || {
+            let decision = self.decide(&restoring.held_for_sure());
+            decision.is_some_and(|decision| decision.resume.step > restoring.resume.step)
+        };
+        if restoring.outside.iter().any(is_gone) || (self.rested.values().any(is_newer) && better()) {
+            return self.replan(out);
+        }
+        self.go_if_restored(out);
+    }
+
     /// Decides anew with what has been learned. Members that already have the state that comes out keep it.
     fn replan(&mut self, out: &mut Out) {
         let Phase::Restoring(restoring) = &self.phase else { return };
@@ -195,7 +229,13 @@ impl Job {
         let (old, old_source) = (restoring.resume, restoring.source);
         let (attempt, deadline) = (restoring.attempt + 1, restoring.deadline);
         let Some(mut decision) = self.decide(&held) else {
-            return self.unrestorable(out);
+            let is_lost = self.is_lost(&held);
+            self.unrestorable(out);
+            if is_lost {
+                // Members whose moves were under way count as having nothing. That is for them to say: at once.
+                self.try_again(out);
+            }
+            return;
         };
         if matches!(old_source, Source::Initial) && matches!(decision.source, Source::Initial) {
             // Another model for the initial state is another state: it needs a name of its own (rule M-15).
@@ -272,16 +312,33 @@ impl Job {
     }
 
     pub(super) fn restore_overdue(&mut self, out: &mut Out) {
-        let Phase::Restoring(restoring) = &self.phase else { return };
-        if self.now < restoring.deadline {
+        let unheard: Vec<MemberId> = self.unheard_for_too_long();
+        for member in &unheard {
+            self.lose(*member, Departure::Unready, out);
+        }
+        if let Phase::Restoring(restoring) = &self.phase
+            && restoring.deadline <= self.now
+        {
+            // Who has said that it cannot load the checkpoint waits for the others, too.
+            let late = restoring.pending.keys().filter(|member| !restoring.failed.contains(member));
+            for member in late.copied().collect::<Vec<_>>() {
+                self.lose(member, Departure::Unrestored, out);
+            }
+        } else if unheard.is_empty() {
             return;
         }
-        // Who has said that it cannot load the checkpoint waits for the others, too.
-        let late = restoring.pending.keys().filter(|member| !restoring.failed.contains(member));
-        for member in late.copied().collect::<Vec<_>>() {
-            self.lose(member, Departure::Unrestored, out);
-        }
         self.after_loss(out);
+    }
+
+    pub(super) fn restoring_deadline(&self, restoring: &Restoring) -> Timestamp {
+        self.unheard.values().copied().fold(restoring.deadline, Timestamp::min)
+    }
+
+    pub(super) fn restoring_waits_for(&self, restoring: &Restoring) -> Waiting {
+        if restoring.pending.is_empty() {
+            return Waiting::Ready { missing: self.unheard.keys().copied().collect() };
+        }
+        Waiting::Restored { missing: restoring.pending.keys().copied().collect() }
     }
 }
 

@@ -181,8 +181,7 @@ impl Job {
         let Some(change) = &mut running.change else { return };
         if !change.asked {
             if change.due(&self.timing) <= self.now {
-                change.asked = true;
-                self.ask_boundary(out);
+                self.ask_if_still_wanted(out);
             }
             return;
         }
@@ -192,6 +191,20 @@ impl Job {
                 self.lose(member, Departure::Stuck, out);
             }
             self.after_loss(out);
+        }
+    }
+
+    /// What was wanted may have gone away meanwhile, like a joiner that died again: that costs no generation.
+    fn ask_if_still_wanted(&mut self, out: &mut Out) {
+        let Phase::Running(running) = &self.phase else { return };
+        let wanted = running.change.as_ref().and_then(|change| self.change_when(change.first));
+        let Phase::Running(running) = &mut self.phase else { return };
+        match (&mut running.change, wanted) {
+            (Some(change), Some(_)) => {
+                change.asked = true;
+                self.ask_boundary(out);
+            }
+            (change, _) => *change = None,
         }
     }
 

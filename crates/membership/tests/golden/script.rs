@@ -348,6 +348,7 @@ impl Stage {
             | Message::Boundary { .. }
             | Message::SaveNow { .. }
             | Message::Draining { .. }
+            | Message::Serve { .. }
             | Message::Publish { .. }
             | Message::Committed { .. }
             | Message::Released

@@ -113,6 +113,7 @@ impl Names<'_> {
                 Some(left) => format!("draining, gone in {left:?}"),
                 None => "draining".to_owned(),
             },
+            Message::Serve { generation } => format!("serve {generation:?}"),
             Message::SaveNow { generation } => format!("save now {generation:?}"),
             Message::Publish { generation, step, shards } => {
                 format!("publish {step:?} of {generation:?}, {} parts", shards.len())

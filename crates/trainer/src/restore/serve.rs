@@ -34,7 +34,7 @@ fn try_serve(
     transfer.read_exact(&mut bytes)?;
     let request = TransferRequest::decode(&bytes);
     let range = ByteRange::new(request.start, request.end);
-    if !held.serves(request.resume) || request.end < request.start || !layout.holds(range) {
+    if !held.is(request.resume) || request.end < request.start || !layout.holds(range) {
         return transfer.write_all(&[VERDICT_NO]);
     }
     let values = if request.values { serde_json::to_vec(&state.values())? } else { Vec::new() };

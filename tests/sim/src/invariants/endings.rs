@@ -6,11 +6,14 @@ use reknit_trainer::session::End;
 
 use super::{Invariant, Seen, demand};
 use crate::happening::ProcessKey;
+use crate::process::Held;
 use crate::sim::Sim;
 
 #[derive(Default)]
 pub(super) struct Endings {
     rolled_back: bool,
+    /// The lowest limit that was ever in force: whoever is refused hears of it later.
+    least_max: Option<u32>,
 }
 
 impl Endings {
@@ -31,6 +34,7 @@ impl Endings {
                 // A process must never be fenced by itself.
                 Departure::Replaced { by } => !p.ids.contains(by),
                 Departure::Evicted | Departure::Drained | Departure::Left => true,
+                Departure::StateLost => p.held == Held::Torn && record.is_some_and(|r| r.commits.is_empty()),
                 Departure::Died
                 | Departure::Silent
                 | Departure::Gone
@@ -40,10 +44,12 @@ impl Endings {
                 | Departure::Unreachable
                 | Departure::Diverged => false,
             },
-            End::Refused(Refusal::BadSlots { slots }) => {
-                record.is_some_and(|record| *slots > record.spec.max)
+            End::Refused(Refusal::BadSlots { slots }) => self.least_max.is_some_and(|max| *slots > max),
+            End::Refused(Refusal::OtherHistory { ours, .. }) => {
+                // Of two coordinators one may have begun a history that was never saved. (A leader's lease is against that.)
+                let unsaved = record.is_some_and(|record| record.history != *ours);
+                self.rolled_back || (unsaved && sim.servers.len() > 1)
             }
-            End::Refused(Refusal::OtherHistory { .. }) => self.rolled_back,
             End::Refused(
                 Refusal::BadSpec(_)
                 | Refusal::OtherShape { .. }
@@ -64,6 +70,11 @@ impl Invariant for Endings {
         match seen {
             Seen::RolledBack { .. } => {
                 self.rolled_back = true;
+                Ok(())
+            }
+            Seen::Stored { after, .. } => {
+                let max = after.spec.max;
+                self.least_max = Some(self.least_max.map_or(max, |least| least.min(max)));
                 Ok(())
             }
             Seen::Ended { process, end } => demand(self.is_reason(*process, end, sim), || {

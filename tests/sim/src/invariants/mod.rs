@@ -64,8 +64,8 @@ use crate::sim::Sim;
 /// What the simulation shows.
 #[derive(Debug)]
 pub(crate) enum Seen<'a> {
-    /// A record is in the store from now on.
-    Stored { server: usize, before: Option<&'a JobRecord>, after: &'a JobRecord },
+    /// A record is in the store from now on. A ghost is a coordinator that has died since it asked for that.
+    Stored { server: usize, by_ghost: bool, before: Option<&'a JobRecord>, after: &'a JobRecord },
     /// The store was put back from a backup.
     RolledBack { found: &'a JobRecord },
     /// A coordinator died or has to start over: what it knew beyond the record is gone.
@@ -102,7 +102,7 @@ pub(crate) enum Seen<'a> {
     /// An operator asks for something …
     Asked { operation: &'a Operation },
     /// … and is answered.
-    Answered { server: usize, operation: &'a Operation, answer: &'a Answer, repeated: bool },
+    Answered { operation: &'a Operation, answer: &'a Answer, repeated: bool },
     /// Somebody looked at the job.
     Status { status: &'a Status, members: u32 },
     /// When all was well, so many planned changes came within one window and cost so many generations.

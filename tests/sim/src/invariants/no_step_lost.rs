@@ -74,7 +74,7 @@ impl Invariant for NoStepLost {
 
     fn see(&mut self, seen: &Seen<'_>, sim: &Sim) -> Result<(), String> {
         match seen {
-            Seen::Stored { server, before, after } => {
+            Seen::Stored { server, before, after, .. } => {
                 let seats = after.world.iter().flat_map(|world| &world.seats);
                 self.placed.extend(seats.map(|seat| seat.member));
                 let Some(world) = goes(*before, after) else { return Ok(()) };

@@ -20,6 +20,8 @@ pub(super) struct ToldIsStored {
     departed: BTreeMap<MemberId, Departure>,
     closed: Option<Closure>,
     highest: Generation,
+    /// Whether a coordinator that is gone has saved last: the present one finds out when it saves itself.
+    by_ghost: bool,
 }
 
 impl ToldIsStored {
@@ -57,11 +59,16 @@ impl Invariant for ToldIsStored {
 
     fn see(&mut self, seen: &Seen<'_>, sim: &Sim) -> Result<(), String> {
         match seen {
-            Seen::Stored { after, .. } => {
+            Seen::Stored { after, by_ghost, .. } => {
+                self.by_ghost = *by_ghost;
                 self.stored(after);
                 Ok(())
             }
-            Seen::Told { server, member, message } => {
+            Seen::Forgot { .. } => {
+                self.by_ghost = false;
+                Ok(())
+            }
+            Seen::Told { member, message, .. } => {
                 let record = sim.store.record();
                 let stored = match message {
                     Message::World(place) => self.worlds.get(&place.generation).is_some_and(|worlds| {
@@ -70,6 +77,7 @@ impl Invariant for ToldIsStored {
                             seat.is_some_and(|seat| seat.member == *member && seat.rank == place.rank)
                         })
                     }),
+                    Message::Serve { generation } => self.worlds.contains_key(generation),
                     Message::Plan(plan) => self.worlds.contains_key(&plan.generation),
                     Message::Go { generation, resume } => self.goes.contains(&(*generation, *resume)),
                     Message::Boundary { generation }
@@ -85,8 +93,9 @@ impl Invariant for ToldIsStored {
                     Message::Refused(Refusal::Departed(how)) => {
                         let seated =
                             record.and_then(|r| r.world.as_ref()).is_some_and(|w| w.seat(*member).is_some());
-                        // One that was succeeded and does not know it can only say what it last knew.
-                        !seated || self.departed.get(member) == Some(how) || sim.is_succeeded(*server)
+                        // One that is not alone and does not know it can only say what it last knew.
+                        let alone = !self.by_ghost && sim.servers.len() == 1;
+                        !seated || self.departed.get(member) == Some(how) || !alone
                     }
                     Message::Attached { .. } | Message::Refused(_) => true,
                 };

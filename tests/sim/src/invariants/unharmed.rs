@@ -39,6 +39,8 @@ impl Invariant for Unharmed {
                 Departure::Replaced { .. } | Departure::Left | Departure::Drained | Departure::Evicted => {
                     true
                 }
+                // Whether there was nothing left is for `endings.rs` to judge.
+                Departure::StateLost => true,
                 Departure::Died
                 | Departure::Silent
                 | Departure::Gone

@@ -250,7 +250,7 @@ impl Process {
             Message::Boundary { generation } => {
                 self.world_of(generation).into_iter().for_each(|world| world.boundary_requested = true);
             }
-            Message::SaveNow { .. } | Message::Draining { .. } => {}
+            Message::SaveNow { .. } | Message::Draining { .. } | Message::Serve { .. } => {}
             Message::Publish { generation, step, .. } => {
                 let mut saves = self.saves.iter_mut();
                 if let Some(save) = saves.find(|save| (save.generation, save.step) == (generation, step)) {

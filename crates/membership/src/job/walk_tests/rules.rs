@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::choices::Setting;
 use super::model::{Model, Written};
-use super::process::{Held, Node};
+use super::process::{Held, Node, Process};
 use crate::event::{Effect, Event, Message, Transition};
 use crate::ids::{Generation, MemberId, Rank, Step};
 use crate::job::{Job, Phase, Stream};
@@ -117,6 +117,10 @@ fn check_told(before: &Model, durable: &JobRecord, member: MemberId, message: &M
         Message::Boundary { generation } | Message::SaveNow { generation } => {
             rule(live(*generation) && durable.stage == Stage::Running, "M-5", told)
         }
+        Message::Serve { generation } => {
+            let outside = durable.world.as_ref().is_some_and(|world| world.seat(member).is_none());
+            rule(live(*generation) && durable.stage == Stage::Published && outside, "M-5", told)
+        }
         Message::Draining { .. } => rule(durable.drains.contains_key(&member), "M-5", told),
         Message::Committed { kept } => rule(*kept == durable.commits, "M-5", told),
         Message::Closed(closure) => rule(durable.stage == Stage::Closed(*closure), "M-5", told),
@@ -143,6 +147,11 @@ fn check_innocents(before: &Model, t: &Transition) -> Checked {
             Departure::Died | Departure::Silent | Departure::Gone | Departure::Unready => false,
             Departure::Unrestored | Departure::Stuck | Departure::Unreachable | Departure::Diverged => false,
             Departure::Replaced { .. } | Departure::Left | Departure::Drained | Departure::Evicted => true,
+            Departure::StateLost => {
+                let known =
+                    |p: &&Process| before.job.members.get(&p.id).is_some_and(|m| m.heard > Generation(0));
+                before.processes.iter().filter(known).all(|p| p.held == Held::Torn)
+            }
         };
         let well = before.processes.iter().any(|p| p.id == *member && p.acts() && p.stream);
         rule(asked_for || !well, "innocent", || format!("{member:?} is struck off: {how}"))?;
