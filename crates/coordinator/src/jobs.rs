@@ -141,3 +141,58 @@ impl Jobs {
 
 /// How long a stopping server waits for its store.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use crate::config::Limits;
+    use crate::counters::Counters;
+    use crate::store::Memory;
+    use reknit_membership::Timing;
+
+    fn jobs(limits: Limits) -> Jobs {
+        Jobs::new(Surroundings {
+            store: Arc::new(Memory::new()),
+            clock: Clock::start(),
+            timing: Timing::default(),
+            limits,
+            counters: Arc::new(Counters::default()),
+        })
+    }
+
+    #[tokio::test]
+    async fn d1_a_job_that_many_ask_for_at_once_has_one_task() {
+        let jobs = jobs(Limits::default());
+        let job = JobId::new("job").unwrap();
+        let mut opening = JoinSet::new();
+        for _ in 0..100 {
+            let (jobs, job) = (jobs.clone(), job.clone());
+            opening.spawn(async move { jobs.open(&job, Some(Spec::default())).await.unwrap() });
+        }
+        let mut histories = Vec::new();
+        while let Some(handle) = opening.join_next().await {
+            let asked = handle.unwrap().ask(|answer| Input::Status { members_max: 0, answer }).await;
+            histories.push(asked.unwrap().0.history);
+        }
+        histories.dedup();
+        assert_eq!(histories.len(), 1, "one task, with the history that it drew");
+        assert_eq!((jobs.all().len(), jobs.with(|table| table.tasks.len())), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn a_server_serves_no_more_jobs_than_it_may_and_an_abandoned_one_makes_room() {
+        let jobs = jobs(Limits { jobs: 1, ..Limits::default() });
+        let open = |id: &str| {
+            let (jobs, job) = (jobs.clone(), JobId::new(id).unwrap());
+            async move { jobs.open(&job, Some(Spec::default())).await }
+        };
+        let first = open("first").await.unwrap();
+        assert!(matches!(open("second").await, Err(OpenJobError::TooManyJobs { limit: 1 })));
+        first.send(Input::Stop).await.unwrap();
+        while !first.is_gone() {
+            tokio::task::yield_now().await;
+        }
+        assert!(open("second").await.is_ok());
+    }
+}

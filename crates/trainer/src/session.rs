@@ -10,17 +10,21 @@
 //! Anything it has said may be lost with the stream it was said on. So it never remembers that something was *said*, only
 //! what is *so*; and when a new stream is up it says again whatever is so and still waits for an answer.
 
+mod output;
+mod saves;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use reknit_membership::event::{Event, Join, Message};
-use reknit_membership::holding::{Holding, Moved, Plan, Resume, ShardReport};
-use reknit_membership::reason::{Closure, Departure, Refusal};
-use reknit_membership::record::Commit;
+use reknit_membership::holding::{Holding, Moved, Plan, Resume};
+use reknit_membership::reason::{Departure, Refusal};
 use reknit_membership::spec::{Shape, Spec};
 use reknit_membership::world::Place;
-use reknit_membership::{Digest, Generation, HistoryId, MemberId, MemberName, Rank, Step, Timestamp};
+use reknit_membership::{Generation, HistoryId, MemberId, MemberName, Rank, Step, Timestamp};
 use reknit_proto::rendezvous::{SecretBytes, Told};
+
+pub use output::{Directive, End, Output};
 
 /// What a member is, whatever world it is in.
 #[derive(Debug, Clone)]
@@ -35,96 +39,6 @@ pub struct Identity {
     pub spec: Spec,
     /// What it has in common with the others.
     pub shape: Shape,
-}
-
-/// Something to be done.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Output {
-    /// Tell the coordinator; if there is no stream, it need not be kept.
-    Send(Event),
-    /// Build the ring of this world, in the background.
-    Form {
-        /// The place in it.
-        place: Place,
-        /// What its connections must prove.
-        secret: SecretBytes,
-    },
-    /// End the ring of this world, and whatever state is being moved for it.
-    Abort {
-        /// Which.
-        generation: Generation,
-    },
-    /// What is being moved for the plan that the program carries out is of no use any more.
-    AbandonPlan {
-        /// Its world.
-        generation: Generation,
-    },
-    /// Let members of this world in that want state, and serve them while the program rests.
-    Serve {
-        /// A world in which this member has no place.
-        generation: Generation,
-        /// What their connections must prove.
-        secret: SecretBytes,
-    },
-    /// End the stream and begin a new one, with a new introduction.
-    Reconnect,
-    /// The program's directive may have changed.
-    Wake,
-    /// Write the list that makes these parts one checkpoint.
-    Publish {
-        /// The world that made it.
-        generation: Generation,
-        /// The step it is of.
-        step: Step,
-        /// What each rank wrote.
-        shards: Vec<ShardReport>,
-    },
-    /// Tell the program that it is to leave.
-    Notice {
-        /// How long its machine can still be expected to live; none if it stays until it is released.
-        left: Option<Duration>,
-    },
-    /// These checkpoints are committed; older ones may be deleted.
-    Committed {
-        /// Oldest first.
-        kept: Vec<Commit>,
-    },
-}
-
-/// How a membership ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum End {
-    /// The job is over.
-    Closed(Closure),
-    /// The planned leave is complete.
-    Released,
-    /// The coordinator does not let this process in, or not any more.
-    Refused(Refusal),
-    /// The coordinator cannot be talked to, and trying again will not help.
-    Rejected {
-        /// What it said.
-        why: String,
-    },
-    /// The program left.
-    Left,
-}
-
-/// What the training program is to do.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Directive {
-    /// Nothing yet.
-    Wait,
-    /// Bring the state to the plan's step, then say so.
-    Restore(Plan),
-    /// Train, from this state.
-    Run {
-        /// The world.
-        place: Place,
-        /// The state.
-        resume: Resume,
-    },
-    /// Stop: there will be no further step.
-    Over(End),
 }
 
 /// Why a world is over for this member, before it knows the next one.
@@ -185,9 +99,6 @@ pub struct Session {
     end: Option<End>,
 }
 
-/// How many checkpoints may wait to be committed: there is seldom more than one.
-const SAVES_MAX: usize = 4;
-
 impl Session {
     /// A member that has not joined yet. `next_id` draws member ids: one now, and one whenever it has to come back as a
     /// new member.
@@ -220,12 +131,6 @@ impl Session {
     /// The last world it was told of, if any.
     pub fn place(&self) -> Option<&Place> {
         self.world.as_ref().map(|world| &world.place)
-    }
-
-    /// Whether a part of a checkpoint of `step` waits to be committed.
-    pub fn awaits_commit(&self, step: Step) -> bool {
-        let mut steps = self.saves.keys().chain(&self.writing).map(|(_, step)| *step);
-        steps.any(|saved| saved == step)
     }
 
     /// Who it is at present.
@@ -640,22 +545,6 @@ impl Session {
         })
     }
 
-    /// This member's part of a checkpoint is being written. Fulfils an operator's wish for one, too.
-    pub fn save_begun(&mut self, generation: Generation, step: Step) {
-        if let Some(world) = &mut self.world {
-            world.save_requested = false;
-        }
-        self.writing = Some((generation, step));
-    }
-
-    /// The part that was being written could not be.
-    pub fn own_save_failed(&mut self) -> Vec<Output> {
-        match self.writing.take() {
-            Some((generation, step)) => self.save_failed(generation, step),
-            None => Vec::new(),
-        }
-    }
-
     /// All ranks of `generation` have agreed to stop at this boundary.
     pub fn boundary(&mut self, generation: Generation, holding: Holding) -> Vec<Output> {
         let member = self.member;
@@ -678,34 +567,6 @@ impl Session {
             world.halt = Some(Halt::Finished { step });
             vec![Output::Send(Event::Finished { member, generation, step })]
         })
-    }
-
-    /// This member's part of a checkpoint is on its disk.
-    pub fn shard_written(&mut self, generation: Generation, step: Step, report: ShardReport) -> Vec<Output> {
-        self.writing.take_if(|writing| *writing == (generation, step));
-        let event = Event::ShardWritten { member: self.member, generation, step, report };
-        self.save_said(generation, step, event)
-    }
-
-    /// The list of a checkpoint's parts is on this member's disk.
-    pub fn manifest_written(&mut self, generation: Generation, step: Step, manifest: Digest) -> Vec<Output> {
-        let event = Event::ManifestWritten { member: self.member, generation, step, manifest };
-        self.save_said(generation, step, event)
-    }
-
-    /// This member's part of a checkpoint could not be written.
-    pub fn save_failed(&mut self, generation: Generation, step: Step) -> Vec<Output> {
-        self.saves.remove(&(generation, step));
-        vec![Output::Send(Event::SaveFailed { member: self.member, generation, step })]
-    }
-
-    fn save_said(&mut self, generation: Generation, step: Step, event: Event) -> Vec<Output> {
-        while self.saves.len() >= SAVES_MAX && !self.saves.contains_key(&(generation, step)) {
-            // An older one that was never committed never will be.
-            self.saves.pop_first();
-        }
-        self.saves.entry((generation, step)).or_default().push(event.clone());
-        vec![Output::Send(event)]
     }
 
     /// The cloud will take this machine.

@@ -2,6 +2,7 @@
 //!
 //! One line each, written by one call, so that a process that is killed leaves whole lines:
 //! ```text
+//! dataset LENGTH                                              at the beginning
 //! try   STEP GENERATION RANK SIZE UNIX_US SAMPLE,SAMPLE,…     before the step's all-reduce
 //! done  STEP GENERATION UNIX_US LOSS                          after its commit
 //! accuracy VALUE                                              at the end
@@ -19,12 +20,14 @@ pub(crate) struct Evidence {
 }
 
 impl Evidence {
-    pub(crate) fn new(path: Option<&Path>) -> Result<Evidence> {
+    pub(crate) fn new(path: Option<&Path>, dataset: u64) -> Result<Evidence> {
         let open = |path: &Path| {
             let file = OpenOptions::new().create(true).append(true).open(path);
             file.with_context(|| format!("cannot write {}", path.display()))
         };
-        Ok(Evidence { file: path.map(open).transpose()? })
+        let mut evidence = Evidence { file: path.map(open).transpose()? };
+        evidence.line(&format!("dataset {dataset}\n"))?;
+        Ok(evidence)
     }
 
     pub(crate) fn tried(

@@ -60,7 +60,7 @@ fn main() -> Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let args = Args::parse();
     let digits = Digits::load();
-    let mut evidence = Evidence::new(args.evidence.as_deref())?;
+    let mut evidence = Evidence::new(args.evidence.as_deref(), digits.train())?;
     let mut state = model::initial();
 
     let order = DataOrder { dataset: digits.train(), global_batch: args.batch, seed: 7 };

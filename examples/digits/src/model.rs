@@ -38,7 +38,7 @@ pub(crate) fn initial() -> NamedTensors {
         };
         let weights = (0..count).map(|_| (draw() + draw() + draw() + draw()) * 1.73 * spread).collect();
         state = state.with_f32(name, shape, weights);
-        state = state.with_f32(&momentum(name), shape, vec![0.0; count]);
+        state = state.with_f32(momentum(name), shape, vec![0.0; count]);
     }
     state
 }

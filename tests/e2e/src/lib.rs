@@ -26,7 +26,8 @@ pub fn programs() -> &'static Path {
         let test = std::env::current_exe().unwrap();
         let dir = test.parent().and_then(Path::parent).unwrap().to_owned();
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--package", "reknit-cli", "--package", "reknit-example-digits"]);
+        // All of the workspace, as `cargo build` does: with the same features, so that what is there already is used.
+        build.args(["build", "--quiet", "--workspace", "--bins"]);
         build.args(["--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml")]);
         if dir.file_name() == Some(OsStr::new("release")) {
             build.arg("--release");

@@ -3,10 +3,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use reknit_e2e::{Coordinator, Process, eventually, programs};
+use reknit_proto::v1;
+use reknit_proto::v1::inspect_client::InspectClient;
 use rustix::process::Signal;
 
 const ENDLESS: [&str; 10] =
@@ -169,4 +172,36 @@ fn a_worker_that_hung_comes_back_as_a_new_member_and_fetches_what_it_missed() {
     assert_eq!(last["source"], "memory", "{last}");
     assert_eq!(last["steps_lost"], 0, "{last}");
     drop((first, second));
+}
+
+/// Rule D-5 of the coordinator.
+#[test]
+fn d5_the_coordinator_hears_nothing_of_the_steps_but_renewals_by_time() {
+    let coordinator = Coordinator::start();
+    let endless = ["--min", "2", "--steps", "1000000"];
+    let _workers = ["a", "b"].map(|name| coordinator.worker("job", name, &endless));
+    let running = coordinator.runs_with("job", 2);
+    let received = || -> BTreeMap<String, u64> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut client = InspectClient::connect(coordinator.url()).await.unwrap();
+            client.server(v1::ServerRequest {}).await.unwrap().into_inner().received.into_iter().collect()
+        })
+    };
+    let step = || coordinator.status("job").unwrap()["step"].as_u64().unwrap();
+    eventually("the first steps, which are reported", || {
+        let first = received()["first_step"];
+        if first >= 2 { Ok(()) } else { Err(format!("{first} of 2")) }
+    });
+    let (before, from) = (received(), step());
+    eventually("many steps", || {
+        let now = step();
+        if now > from + 200 { Ok(()) } else { Err(format!("at {now}, was at {from}")) }
+    });
+    let after = received();
+    for (kind, count) in &after {
+        assert!(kind == "renew" || before.get(kind) == Some(count), "{kind}: {before:?} became {after:?}");
+    }
+    assert!(after["renew"] > before["renew"], "the step is known from renewals");
+    assert_eq!(coordinator.status("job").unwrap()["generation"], running["generation"]);
 }

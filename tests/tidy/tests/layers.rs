@@ -1,6 +1,8 @@
 //! Dependencies point one way (ARCHITECTURE.md): `cli → {coordinator, trainer} → proto → membership`, and the pure core
 //! depends on nothing at all.
 
+#![allow(clippy::unwrap_used, reason = "a check that cannot look fails")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
@@ -88,4 +90,24 @@ fn the_training_framework_stays_in_the_example() {
             used.iter().filter(|d| d.starts_with("candle") || *d == "smartcore").collect();
         assert!(frameworks.is_empty() || name.starts_with("reknit-example-"), "{name} uses {frameworks:?}");
     }
+}
+
+/// Rule D-6 of the coordinator: it never dials a member.
+#[test]
+fn d6_the_coordinator_has_nothing_to_dial_with() {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../../crates/coordinator/src");
+    let mut left = vec![std::path::PathBuf::from(dir)];
+    let mut files = 0;
+    while let Some(path) = left.pop() {
+        if path.is_dir() {
+            left.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+            continue;
+        }
+        files += 1;
+        let text = std::fs::read_to_string(&path).unwrap();
+        for word in ["_client", "Endpoint", "Channel", ".connect(", "::connect("] {
+            assert!(!text.contains(word), "{} has {word}", path.display());
+        }
+    }
+    assert!(files > 10, "only {files} files were looked at");
 }

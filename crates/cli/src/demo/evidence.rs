@@ -38,6 +38,7 @@ struct Tried {
 enum Line {
     Try { attempt: Attempt, tried: Tried },
     Done(Done),
+    Dataset(u64),
     Accuracy(f64),
 }
 
@@ -61,6 +62,7 @@ fn parse(line: &str) -> Result<Line> {
                 let attempt = Attempt { step: next(&mut words)?, generation: next(&mut words)? };
                 Some(Line::Done(Done { attempt, at_us: next(&mut words)?, loss: next(&mut words)? }))
             }
+            "dataset" => Some(Line::Dataset(next(&mut words)?)),
             "accuracy" => Some(Line::Accuracy(next(&mut words)?)),
             _ => None,
         }
@@ -73,6 +75,7 @@ fn parse(line: &str) -> Result<Line> {
 pub(super) struct Evidence {
     tried: BTreeMap<Attempt, Vec<Tried>>,
     done: Vec<Done>,
+    datasets: BTreeSet<u64>,
     accuracies: Vec<f64>,
 }
 
@@ -92,6 +95,9 @@ impl Evidence {
             match parse(line)? {
                 Line::Try { attempt, tried } => self.tried.entry(attempt).or_default().push(tried),
                 Line::Done(done) => self.done.push(done),
+                Line::Dataset(length) => {
+                    self.datasets.insert(length);
+                }
                 Line::Accuracy(accuracy) => self.accuracies.push(accuracy),
             }
         }
@@ -139,9 +145,18 @@ impl Evidence {
         before.map(|done| done.attempt.step + 1).max().unwrap_or(0)
     }
 
+    /// How many samples the data set has, if all workers agree.
+    fn dataset(&self) -> Option<u64> {
+        self.datasets.first().copied().filter(|length| self.datasets.len() == 1 && *length > 0)
+    }
+
     /// What is wrong with the use of the samples; nothing if every step up to `steps` counts once, has exactly one share
-    /// of each rank, and if in these steps, one after the other, every pass uses each sample of the data set exactly once.
+    /// of each rank, and if in these steps, one after the other, every pass uses each sample of the data set exactly once
+    /// (and the pass that the last step breaks off none twice).
     pub(super) fn complaints(&self, steps: u64) -> Vec<String> {
+        let Some(dataset) = self.dataset() else {
+            return vec![format!("the workers do not agree on the data set's length: {:?}", self.datasets)];
+        };
         let mut complaints = Vec::new();
         let committed = self.committed();
         let mut sequence: Vec<u64> = Vec::new();
@@ -160,9 +175,9 @@ impl Evidence {
             }
             sequence.extend(shares.iter().flat_map(|share| &share.samples));
         }
-        let dataset = sequence.iter().collect::<BTreeSet<_>>().len();
-        for (pass, samples) in sequence.chunks(dataset.max(1)).enumerate() {
-            let different = samples.iter().collect::<BTreeSet<_>>().len();
+        let length = usize::try_from(dataset).unwrap_or(usize::MAX);
+        for (pass, samples) in sequence.chunks(length).enumerate() {
+            let different = samples.iter().filter(|sample| **sample < dataset).collect::<BTreeSet<_>>().len();
             if different != samples.len() {
                 complaints.push(format!("pass {pass} uses {different} samples in {} places", samples.len()));
             }
@@ -176,9 +191,8 @@ impl Evidence {
         let committed = self.committed();
         let samples =
             |attempt| self.tried.get(attempt).into_iter().flatten().flat_map(|share| &share.samples);
-        let used: Vec<u64> = committed.values().flat_map(samples).copied().collect();
-        let dataset = used.iter().collect::<BTreeSet<_>>().len();
-        used.len().checked_div(dataset).unwrap_or(0) as u64
+        let used = committed.values().flat_map(samples).count() as u64;
+        self.dataset().map_or(0, |length| used / length)
     }
 }
 
@@ -230,7 +244,7 @@ impl Tail {
                     Line::Try { attempt, .. } => {
                         self.tried.insert(name.to_owned(), (attempt, std::time::Instant::now()));
                     }
-                    Line::Accuracy(_) => {}
+                    Line::Dataset(_) | Line::Accuracy(_) => {}
                 }
             }
         }
@@ -274,7 +288,8 @@ mod tests {
         evidence
     }
 
-    const GOOD: [&str; 8] = [
+    const GOOD: [&str; 9] = [
+        "dataset 4",
         "try 0 1 0 2 100 2",
         "try 0 1 1 2 100 0",
         "done 0 1 110 0.5",
@@ -312,6 +327,9 @@ mod tests {
         assert!(run(&without_share).complaints(2)[0].contains("1 shares of 2 ranks"));
         let twice: Vec<&str> =
             GOOD.iter().map(|l| if *l == "try 1 1 1 2 120 1" { "try 1 1 1 2 120 3" } else { l }).collect();
-        assert!(!run(&twice).complaints(2).is_empty());
+        assert_eq!(run(&twice).complaints(2), ["pass 0 uses 3 samples in 4 places"]);
+        let mut others = GOOD.to_vec();
+        others.push("dataset 5");
+        assert!(run(&others).complaints(2)[0].contains("do not agree"));
     }
 }

@@ -18,7 +18,7 @@ impl Invariant for UniqueWorld {
         "unique world (M-1)"
     }
 
-    fn see(&mut self, seen: &Seen<'_>, _: &Sim) -> Result<(), String> {
+    fn see(&mut self, seen: &Seen<'_>, sim: &Sim) -> Result<(), String> {
         match seen {
             Seen::Stored { after, .. } => {
                 let Some(world) = &after.world else { return Ok(()) };
@@ -30,7 +30,8 @@ impl Invariant for UniqueWorld {
                 self.worlds.retain(|generation, _| *generation <= found.generation);
                 Ok(())
             }
-            Seen::Heard { message: Message::World(place), process } => {
+            // What the lost store had told may arrive after its number was given to another world.
+            Seen::Heard { message: Message::World(place), process } if !sim.has_forked => {
                 let Some(world) = self.worlds.get(&place.generation) else { return Ok(()) };
                 let theirs = world.seats.get(place.seat as usize);
                 let same = theirs.is_some_and(|seat| seat.rank == place.rank && seat.slots == place.slots)
