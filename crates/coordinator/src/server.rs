@@ -10,6 +10,7 @@ use reknit_proto::v1::inspect_server::InspectServer;
 use reknit_proto::v1::operate_server::OperateServer;
 use reknit_proto::v1::rendezvous_server::RendezvousServer;
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
 use crate::clock::Clock;
 use crate::config::{Config, StoreConfig};
@@ -116,7 +117,8 @@ impl Server {
     }
 
     /// Serves until `stop` is ready; then ends every stream, lets what is being saved be saved, and returns. Members
-    /// of running worlds go on and attach to the next coordinator.
+    /// of running worlds go on and attach to the next coordinator. A peer that does not let go of its connection (it may
+    /// be stopped) holds this up for a moment only.
     ///
     /// # Errors
     /// [`ServeError::Grpc`] if the services cannot be set up or fail as a whole.
@@ -141,12 +143,15 @@ impl Server {
             .max_decoding_message_size(limits.message_bytes);
 
         let jobs = self.jobs.clone();
+        let (ends, ended) = oneshot::channel();
         let stopped = async move {
             stop.await;
             tracing::info!("stopping");
             jobs.stop().await;
+            // If nobody waits for it, everything has ended already.
+            let _ = ends.send(());
         };
-        tonic::transport::Server::builder()
+        let serving = tonic::transport::Server::builder()
             .max_concurrent_streams(limits.streams_per_connection)
             .http2_max_header_list_size(16 * 1024)
             .http2_keepalive_interval(Some(KEEPALIVE))
@@ -156,11 +161,25 @@ impl Server {
             .add_service(rendezvous)
             .add_service(inspect)
             .add_service(operate)
-            .serve_with_incoming_shutdown(connections(self.listener, limits, self.silence), stopped)
-            .await
-            .map_err(|why| grpc(Box::new(why)))
+            .serve_with_incoming_shutdown(connections(self.listener, limits, self.silence), stopped);
+        let patience_ends = async move {
+            match ended.await {
+                Ok(()) => tokio::time::sleep(FAREWELL).await,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            served = serving => served.map_err(|why| grpc(Box::new(why))),
+            () = patience_ends => {
+                tracing::warn!("some peers do not let go of their connections; they are cut off");
+                Ok(())
+            }
+        }
     }
 }
+
+/// How long a stopping server waits for its peers to let go of their connections, when every stream has ended.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// How often an idle connection is asked whether it still is one. Members are noticed much sooner, by their leases; this
 /// is for those who only look.

@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
-use reknit_e2e::{Coordinator, Process, eventually, programs};
+use reknit_e2e::{Coordinator, PATIENCE, Process, eventually, programs};
 use reknit_proto::v1;
 use reknit_proto::v1::inspect_client::InspectClient;
 use rustix::process::Signal;
@@ -204,4 +205,18 @@ fn d5_the_coordinator_hears_nothing_of_the_steps_but_renewals_by_time() {
     }
     assert!(after["renew"] > before["renew"], "the step is known from renewals");
     assert_eq!(coordinator.status("job").unwrap()["generation"], running["generation"]);
+}
+
+#[test]
+fn a_worker_that_is_stopped_does_not_keep_the_coordinator_from_stopping() {
+    let mut coordinator = Coordinator::start();
+    let worker = coordinator.worker("job", "a", &ENDLESS);
+    coordinator.runs_with("job", 1);
+    worker.signal(Signal::STOP);
+    coordinator.process().signal(Signal::TERM);
+    // It answers no ping any more; that alone would take a minute to be noticed.
+    let began = Instant::now();
+    assert!(coordinator.process().ended().success());
+    assert!(began.elapsed() < PATIENCE / 3, "it took {:?}", began.elapsed());
+    worker.signal(Signal::CONT);
 }
