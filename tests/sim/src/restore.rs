@@ -69,7 +69,10 @@ impl Sim {
         match fetch.stage {
             FetchStage::Dials => match self.listener(&fetch.address) {
                 None => self.fetch_fails(process, fetch.from, "nobody listens there"),
-                Some(_) if now - since > DIAL => self.fetch_fails(process, fetch.from, "it does not answer"),
+                Some(holder) if now - since > DIAL => {
+                    self.seen(&Seen::LetsNobodyIn { holder, by: process, since });
+                    self.fetch_fails(process, fetch.from, "it does not answer");
+                }
                 Some(holder) => {
                     let reached = self.processes[holder].runs() && !self.data_cut(process, holder);
                     match self.door(process, holder, generation) {

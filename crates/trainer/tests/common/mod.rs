@@ -114,6 +114,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub(crate) fn outcome(self) -> Outcome {
+        eventually("a worker to end", || self.thread.is_finished().then_some(()));
         self.thread.join().unwrap()
     }
 }

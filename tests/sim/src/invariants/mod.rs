@@ -11,6 +11,7 @@
 //! | a world goes only when all its members hold its state | M-6 | `barrier.rs` |
 //! | no step is computed in an old world with members of a new one | S6 | `one_world_runs.rs` |
 //! | no committed step is lost while somebody with a lease holds it | M-7 | `no_step_lost.rs` |
+//! | whoever is named as a source lets receivers in | M-7 | `sources.rs` |
 //! | whoever has left stays away | M-8 | `fenced.rs` |
 //! | what an operator was promised is kept | M-10, D-2 | `promises.rs` |
 //! | every wait has a reason | M-11 | `waits.rs` |
@@ -44,6 +45,7 @@ mod ranks;
 mod rising_generations;
 mod samples;
 mod size;
+mod sources;
 mod told_is_stored;
 mod unharmed;
 mod unique_world;
@@ -91,6 +93,8 @@ pub(crate) enum Seen<'a> {
         before: Content,
         after: Content,
     },
+    /// A member that is to get its state from another one was not let in there for as long as it waited.
+    LetsNobodyIn { holder: ProcessKey, by: ProcessKey, since: Ms },
     /// A member is said not to have delivered a state.
     Accused { member: MemberId },
     /// A member could not load a checkpoint.
@@ -136,6 +140,7 @@ pub(crate) fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(barrier::Barrier::default()),
         Box::new(one_world_runs::OneWorldRuns::default()),
         Box::new(no_step_lost::NoStepLost::default()),
+        Box::new(sources::Sources),
         Box::new(fenced::Fenced::default()),
         Box::new(promises::Promises::default()),
         Box::new(waits::Waits),
