@@ -47,6 +47,8 @@ pub(super) struct Acts {
     pub(super) generations_spent_on_coordinator_restart: u64,
     /// Steps that were done while the coordinator was away.
     pub(super) steps_without_coordinator: u64,
+    /// When it was killed, and when it listened again.
+    pub(super) coordinator_away: Option<(Timestamp, Timestamp)>,
     /// What the killed worker was at: a step that it had begun, and that nobody could finish with it.
     pub(super) killed_inside: Option<super::evidence::Attempt>,
 }
@@ -227,11 +229,13 @@ fn the_coordinator_is_killed(stage: &mut Stage<'_>) -> Result<()> {
     stage.tail.read()?;
     let steps = stage.tail.steps_done();
     stage.screen.say("SIGKILL of the coordinator; it comes back in 2 s");
+    let killed = now();
     stage.coordinator.kill()?;
     let away = Instant::now();
     stage.until("the coordinator to have been away", |_| Ok(away.elapsed() >= COORDINATOR_AWAY))?;
     stage.acts.steps_without_coordinator = stage.tail.steps_done() - steps;
     stage.coordinator.restart()?;
+    stage.acts.coordinator_away = Some((killed, now()));
     stage.until("all members to come back", |stage| {
         let Ok(status) = stage.status() else { return Ok(false) };
         Ok(status.members.iter().filter(|member| member.attached).count() == 4)

@@ -78,6 +78,7 @@ pub(super) struct Outcome {
     passes: u64,
     generations_spent_on_coordinator_restart: u64,
     steps_without_coordinator: u64,
+    coordinator_away: Option<(Timestamp, Timestamp)>,
     steps: u64,
     took: Duration,
     losses: Vec<Done>,
@@ -104,6 +105,7 @@ impl Outcome {
             passes: evidence.passes(),
             generations_spent_on_coordinator_restart: acts.generations_spent_on_coordinator_restart,
             steps_without_coordinator: acts.steps_without_coordinator,
+            coordinator_away: acts.coordinator_away,
             steps,
             took,
             losses: evidence.losses(),
@@ -121,6 +123,11 @@ impl Outcome {
 
     pub(super) fn recoveries(&self) -> &[Recovery] {
         &self.recoveries
+    }
+
+    /// When the coordinator was killed, and when it listened again.
+    pub(super) fn coordinator_away(&self) -> Option<(Timestamp, Timestamp)> {
+        self.coordinator_away
     }
 
     pub(super) fn losses(&self) -> &[Done] {

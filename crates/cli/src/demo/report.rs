@@ -2,13 +2,13 @@
 
 use std::fmt::Write as _;
 
-use super::outcome::{HEAD, Outcome, Recovery};
+use super::outcome::{HEAD, Outcome};
 
 const WIDTH: f64 = 1000.0;
-const HEIGHT: f64 = 260.0;
+const HEIGHT: f64 = 270.0;
 const LEFT: f64 = 60.0;
 const RIGHT: f64 = 20.0;
-const TOP: f64 = 30.0;
+const TOP: f64 = 44.0;
 const BOTTOM: f64 = 40.0;
 
 /// Maps seconds and a value to a place in a chart.
@@ -57,9 +57,22 @@ impl Axes {
         svg
     }
 
-    /// A numbered mark for each recovery, with its cause as a tooltip.
-    fn marks(&self, recoveries: &[Recovery], start_us: u64) -> String {
+    /// A band for the time without a coordinator, and a numbered mark for each recovery, with its cause as a tooltip.
+    fn marks(&self, outcome: &Outcome, start_us: u64) -> String {
         let mut svg = String::new();
+        if let Some((killed, back)) = outcome.coordinator_away() {
+            let (from, to) = (self.x(seconds(killed.0, start_us)), self.x(seconds(back.0, start_us)));
+            let _ = write!(
+                svg,
+                "<g class='away'><title>the coordinator was away</title><rect x='{from:.1}' width='{:.1}' y='{TOP}' \
+                 height='{}'/><text x='{:.1}' y='{}' text-anchor='middle'>no coordinator</text></g>",
+                to - from,
+                HEIGHT - BOTTOM - TOP,
+                (from + to) / 2.0,
+                TOP - 4.0
+            );
+        }
+        let recoveries = outcome.recoveries();
         for (number, recovery) in recoveries.iter().enumerate() {
             let x = self.x(seconds(recovery.at.0, start_us));
             let _ = write!(
@@ -112,7 +125,7 @@ fn loss_chart(outcome: &Outcome, start_us: u64, seconds_max: f64) -> String {
         .map(|power| (f64::from(power), format!("{}", 10f64.powi(power))))
         .collect();
     let mut content = axes.frame("training loss of each committed step", &ticks);
-    content.push_str(&axes.marks(outcome.recoveries(), start_us));
+    content.push_str(&axes.marks(outcome, start_us));
     let points = losses.iter().map(|done| (axes.x(seconds(done.at_us, start_us)), axes.y(log(done.loss))));
     content.push_str(&polyline("loss", points));
     chart(&content)
@@ -134,7 +147,7 @@ fn world_chart(outcome: &Outcome, start_us: u64, seconds_max: f64) -> String {
     }
     let last = points.last().map_or(0.0, |(_, workers)| *workers);
     points.push((seconds_max, last));
-    content.push_str(&axes.marks(recoveries, start_us));
+    content.push_str(&axes.marks(outcome, start_us));
     content.push_str(&polyline("world", points.into_iter().map(|(s, n)| (axes.x(s), axes.y(n)))));
     chart(&content)
 }
@@ -169,8 +182,9 @@ svg { width: 100%; height: auto; margin-top: 1rem; } .title { font-weight: 600; 
 .label { font-size: 12px; } .grid { stroke: var(--grid); stroke-width: 1; }
 polyline { fill: none; stroke-width: 1.6; } .loss { stroke: var(--loss); } .world { stroke: var(--world); stroke-width: 2; }
 .mark line { stroke: var(--mark); stroke-width: 1; stroke-dasharray: 3 3; } .mark text { fill: var(--mark); font-size: 12px; }
+.away rect { fill: var(--grid); opacity: 0.6; } .away text { fill: var(--dim); font-size: 12px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: 1rem; width: 100%; }
-th, td { text-align: right; padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th, td { text-align: right; padding: 0.3rem 0.4rem; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { color: var(--dim); font-weight: 500; } td:nth-child(2), th:nth-child(2), td:last-child, th:last-child {
   text-align: left; }
 ";
@@ -199,7 +213,8 @@ pub(super) fn html(outcome: &Outcome) -> String {
          <meta name='viewport' content='width=device-width, initial-scale=1'><title>reknit demo</title>\
          <style>{STYLE}</style></head><body><h1>One training run, and everything a spot fleet does to it</h1>\
          <p class='dim'>Handwritten digits, a small convolutional network, workers as processes of one machine. \
-         The dashed lines are the changes of the world, numbered as in the table.</p>{verdict}\
+         The dashed lines are the changes of the world, numbered as in the table. \
+         In the grey band there was no coordinator.</p>{verdict}\
          {}{}<div class='scroll'>{}</div><ul>{}</ul>\
          <p class='dim'>Times in milliseconds. DETECT: from the cause to the coordinator's knowledge of it. AGREE: until \
          the new world is saved and told (before a planned change training goes on for most of it). REBUILD: until \
