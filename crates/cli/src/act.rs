@@ -1,6 +1,7 @@
 //! Commands that change something. Each says what it will do, and to whom, before it does it.
 
-use reknit_proto::v1;
+use reknit_membership::MemberStatus;
+use reknit_proto::{inspect, v1};
 
 use crate::args::{Connection, Job, Member, Notice, Resize};
 use crate::failure::Failure;
@@ -23,11 +24,28 @@ fn job_request(job: &Job) -> v1::JobRequest {
     v1::JobRequest { job: job.job.clone() }
 }
 
+/// What becomes of the others. If that cannot be told, the request itself will fail and say why.
+fn without(member: &Member) -> String {
+    let go_on = "the others go on without it".to_owned();
+    let request = v1::StatusRequest { job: member.job.clone(), members_max: u32::MAX };
+    let asked = member.connection.inspect(async |client| client.status(request).await);
+    let Some(status) = asked.ok().and_then(|reply| inspect::status(reply).ok()) else { return go_on };
+    let stays = |other: &&MemberStatus| other.name.as_str() != member.member && other.drain.is_none();
+    let left: u32 = status.members.iter().filter(stays).map(|other| other.slots).sum();
+    if left >= status.spec.min {
+        return go_on;
+    }
+    let (job, min) = (&member.job, status.spec.min);
+    format!("{job} then WAITS for others to come: it needs {min} ranks and has {left} without it")
+}
+
 pub(crate) fn drain(member: &Member) -> Result<(), Failure> {
     let connection = &member.connection;
     print::talk(format_args!(
-        "{} leaves {} at the next step boundary; the others go on without it",
-        member.member, member.job
+        "{} leaves {} at the next step boundary; {}",
+        member.member,
+        member.job,
+        without(member)
     ));
     connection.operate(async |client| client.drain(member_request(member)).await)?;
     done(connection)
@@ -42,10 +60,7 @@ pub(crate) fn undrain(member: &Member) -> Result<(), Failure> {
 
 pub(crate) fn evict(member: &Member) -> Result<(), Failure> {
     let connection = &member.connection;
-    print::talk(format_args!(
-        "{} is taken out of {} now; the step that is under way is done again without it",
-        member.member, member.job
-    ));
+    print::talk(format_args!("{} is taken out of {} now; {}", member.member, member.job, without(member)));
     connection.operate(async |client| client.evict(member_request(member)).await)?;
     done(connection)
 }

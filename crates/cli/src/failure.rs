@@ -72,7 +72,9 @@ pub(crate) fn call(status: &tonic::Status, coordinator: &str) -> Failure {
 
 pub(crate) fn unreachable(coordinator: &str, error: anyhow::Error) -> Failure {
     let hint = "start one with `reknit serve`, or name another with --coordinator or REKNIT_COORDINATOR";
-    Failure::new(Kind::Unreachable, error.context(format!("no coordinator answers at {coordinator}")), hint)
+    // What lies between says nothing to whoever reads it.
+    let error = anyhow::anyhow!("no coordinator answers at {coordinator}: {}", error.root_cause());
+    Failure::new(Kind::Unreachable, error, hint)
 }
 
 /// A coordinator that cannot serve.

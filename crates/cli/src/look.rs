@@ -2,7 +2,7 @@
 
 pub(crate) mod show;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use reknit_membership::record::Commit;
 use reknit_proto::v1::inspect_client::InspectClient;
@@ -136,7 +136,25 @@ fn files(connection: &Connection, dir: &Path) -> Result<(), Failure> {
         print::json(&listed)?;
         return Ok(());
     }
+    if listed.is_empty() {
+        print::talk(format_args!("no checkpoint lies in {}", dir.display()));
+        for job in directories_within(dir) {
+            print::talk(format_args!(
+                "hint: a job's checkpoints lie in a directory of its own, like {}",
+                job.display()
+            ));
+        }
+        return Ok(());
+    }
     let rows: Vec<Vec<String>> = listed.iter().map(show::listed_row).collect();
     print::table(&["STEP", "GENERATION", "BYTES", "SHARDS", "CONDITION"], &rows);
     Ok(())
+}
+
+/// How many of a directory's directories are named as a hint.
+const HINTS_MAX: usize = 5;
+
+fn directories_within(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.is_dir()).take(HINTS_MAX).collect()
 }

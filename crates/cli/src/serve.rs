@@ -1,5 +1,6 @@
 //! `reknit serve`.
 
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use reknit_coordinator::config::{Config, Limits, StoreConfig};
@@ -23,7 +24,13 @@ pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
         return Ok(());
     }
     let filter = EnvFilter::try_from_env("REKNIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .with_target(false)
+        .init();
     raise_limit(config.limits.connections);
     let exposure = if args.insecure { Exposure::Insecure } else { Exposure::Loopback };
     let announce = args.announce;

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use common::{Coordinator, Job, ORDER, Outcome, expected};
-use reknit_trainer::{End, NamedTensors, Options, Trainer};
+use reknit_trainer::{End, NamedTensors, Notice, Options, Trainer};
 
 /// Rules T-1 and T-2 at the end of a job: everybody who stayed has the same state, it is the one that the data order
 /// says, and each step that counts was shared out whole.
@@ -154,6 +154,24 @@ fn a_newcomer_gets_its_state_from_members_that_are_to_leave() {
     let last = b.outcome();
     assert!(last.steps > left.steps && last.ballast_is_sound);
     check(&job, &[last]);
+}
+
+#[test]
+fn a_program_is_told_once_that_it_is_to_leave_whoever_heard_of_it() {
+    let job = Job::new(0);
+    let (heard, notices) = std::sync::mpsc::channel();
+    let told = move |notice: Notice| heard.send(notice.left).unwrap();
+    let (a, b) = (job.worker_with("a", None, |options| options.on_notice(told)), job.worker("b", None));
+    job.steps(10);
+    // An operator tells the coordinator, and that tells the program; then the machine's own watcher does.
+    job.coordinator.notice("job", "a", Duration::from_secs(90));
+    let left = notices.recv_timeout(common::PATIENCE).unwrap().unwrap();
+    assert!(left <= Duration::from_secs(90), "{left:?}");
+    a.handle.notice(Duration::from_secs(80));
+    assert_eq!(a.outcome().end, Some(End::Released));
+    assert!(notices.try_recv().is_err(), "once");
+    job.ends();
+    check(&job, &[b.outcome()]);
 }
 
 #[test]

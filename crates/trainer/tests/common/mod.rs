@@ -14,6 +14,7 @@ use reknit_coordinator::server::Exposure;
 use reknit_coordinator::{Config, Server};
 use reknit_proto::v1;
 use reknit_proto::v1::inspect_client::InspectClient;
+use reknit_proto::v1::operate_client::OperateClient;
 use reknit_trainer::{DataOrder, End, Handle, NamedTensors, Options, ReduceOp, Trainer};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
@@ -61,6 +62,16 @@ impl Coordinator {
 
     pub(crate) fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Says, as an operator, that the cloud will take a member's machine.
+    pub(crate) fn notice(&self, job: &str, member: &str, left: Duration) {
+        let left_ms = left.as_millis() as u64;
+        let request = v1::NoticeRequest { job: job.to_owned(), member: member.to_owned(), left_ms };
+        self.client.block_on(async {
+            let mut client = OperateClient::connect(self.url.clone()).await.unwrap();
+            client.notice(request).await.unwrap();
+        });
     }
 
     /// What members have sent since the start, by kind.
@@ -149,8 +160,18 @@ impl Job {
 
     /// Starts a worker. In the middle of step `falls_at` it drops its trainer, as if it had never done that step.
     pub(crate) fn worker(self: &Arc<Job>, name: &str, falls_at: Option<u64>) -> Worker {
+        self.worker_with(name, falls_at, |options| options)
+    }
+
+    /// The same, with more options.
+    pub(crate) fn worker_with(
+        self: &Arc<Job>,
+        name: &str,
+        falls_at: Option<u64>,
+        more: impl FnOnce(Options) -> Options,
+    ) -> Worker {
         let options = Options::new(self.coordinator.url(), "job", ORDER).unwrap();
-        let options = options.name(name).unwrap().workers(1, 8).unwrap();
+        let options = more(options.name(name).unwrap().workers(1, 8).unwrap());
         let job = Arc::clone(self);
         // The newest worker must not have what only a state from others can bring.
         let first = self.step.load(Ordering::Relaxed) == 0;
