@@ -46,6 +46,10 @@ pub(crate) fn address(text: String) -> Checked<String> {
     if text.is_empty() || text.len() > ADDRESS_BYTES_MAX {
         return wrong("address", format!("it must have 1 to {ADDRESS_BYTES_MAX} bytes"));
     }
+    // Operators see it on their terminals.
+    if !text.chars().all(|c| c.is_ascii_graphic()) {
+        return wrong("address", "it must be plain characters without spaces");
+    }
     Ok(text)
 }
 

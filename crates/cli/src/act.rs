@@ -29,10 +29,12 @@ fn without(member: &Member) -> String {
     let go_on = "the others go on without it".to_owned();
     let request = v1::StatusRequest { job: member.job.clone(), members_max: u32::MAX };
     let asked = member.connection.inspect(async |client| client.status(request).await);
-    let Some(status) = asked.ok().and_then(|reply| inspect::status(reply).ok()) else { return go_on };
+    let Ok(reply) = asked else { return go_on };
+    let listed_all = reply.members_total as usize <= reply.members.len();
+    let Ok(status) = inspect::status(reply) else { return go_on };
     let stays = |other: &&MemberStatus| other.name.as_str() != member.member && other.drain.is_none();
     let left: u32 = status.members.iter().filter(stays).map(|other| other.slots).sum();
-    if left >= status.spec.min {
+    if left >= status.spec.min || !listed_all {
         return go_on;
     }
     let (job, min) = (&member.job, status.spec.min);

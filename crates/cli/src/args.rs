@@ -82,6 +82,9 @@ pub(crate) struct Serve {
     /// Print what the flags and the environment come to, and stop
     #[arg(long)]
     pub(crate) print_config: bool,
+    /// Print it as JSON
+    #[arg(long, requires = "print_config")]
+    pub(crate) json: bool,
     /// Print the address it listens on to standard output once it does
     #[arg(long)]
     pub(crate) announce: bool,

@@ -36,6 +36,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::failure::{Failure, Kind};
+use crate::processes;
 use args::{Bench, Common, What};
 use result::{Figures, show};
 
@@ -53,6 +54,7 @@ pub(crate) fn bench(bench: Bench) -> Result<(), Failure> {
 
 /// Runs a measurement in a directory of its own, and shows what it came to.
 fn measure<F: Figures>(common: &Common, measure: impl FnOnce(&Path) -> Result<F>) -> Result<(), Failure> {
+    processes::end_on_interrupt()?;
     let dir = Directory::make(common, F::NAME)?;
     if let Err(why) = show(common, || measure(&dir.path)) {
         let hint = format!("the logs are in {}", dir.path.display());

@@ -10,7 +10,16 @@ use crate::args::Connection;
 use crate::failure::{self, Failure, Kind};
 
 /// How long one attempt may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A coordinator that has vanished shows soon, also to who only listens.
+fn endpoint(endpoint: Endpoint) -> Endpoint {
+    endpoint
+        .connect_timeout(PATIENCE)
+        .http2_keep_alive_interval(PATIENCE)
+        .keep_alive_timeout(PATIENCE)
+        .keep_alive_while_idle(true)
+}
 
 impl Connection {
     /// Runs `talk` on an event loop of its own, with a connection to the first coordinator that answers.
@@ -24,11 +33,11 @@ impl Connection {
     async fn connect(&self) -> Result<Channel, Failure> {
         let mut last = anyhow::anyhow!("no address was given");
         for coordinator in self.coordinator.split(',').map(str::trim) {
-            let endpoint = Endpoint::from_shared(coordinator.to_owned()).map_err(|why| {
+            let address = Endpoint::from_shared(coordinator.to_owned()).map_err(|why| {
                 let error = anyhow::Error::from(why).context(format!("{coordinator:?} is no address"));
                 Failure::new(Kind::Usage, error, "an address looks like http://HOST:PORT")
             })?;
-            match endpoint.connect_timeout(PATIENCE).connect().await {
+            match endpoint(address).connect().await {
                 Ok(channel) => return Ok(channel),
                 Err(why) => last = why.into(),
             }

@@ -10,15 +10,16 @@ mod outcome;
 mod report;
 mod screen;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
 use crate::args::Demo;
 use crate::failure::{Failure, Kind};
 use crate::print;
-use crate::processes::Coordinator;
+use crate::processes::{self, Coordinator};
 
 use acts::Stage;
 use evidence::Evidence;
@@ -36,30 +37,59 @@ const ACCURACY_TOLERANCE: f64 = 0.02;
 
 pub(crate) fn demo(args: &Demo) -> Result<(), Failure> {
     let worker = find_worker(args.worker.as_deref())?;
-    let kept = args.dir.clone();
-    let dir = match &kept {
-        Some(dir) => dir.clone(),
-        None => std::env::temp_dir().join(format!("reknit-demo-{}", std::process::id())),
-    };
-    let outcome = run(args, &worker, &dir)?;
-    outcome.print();
     let report_file = args.report.clone().unwrap_or_else(|| PathBuf::from("reknit-demo.html"));
-    std::fs::write(&report_file, report::html(&outcome))
-        .with_context(|| format!("cannot write {}", report_file.display()))?;
-    print::talk(format_args!("report: {}", report_file.display()));
+    // Better said now than in a minute.
+    args.to.iter().chain([&report_file]).try_for_each(|file| writable(file))?;
+    let dir = stage_dir(args.dir.as_deref())?;
+    processes::end_on_interrupt()?;
+    let outcome = match run(args, &worker, &dir) {
+        Ok(outcome) => outcome,
+        Err(why) => return Err(Failure::new(Kind::Failed, why, logs_hint(&dir))),
+    };
+    outcome.print();
     if let Some(file) = &args.to {
         let json = serde_json::to_string_pretty(&outcome.json()).context("the outcome has no JSON")?;
         std::fs::write(file, json).with_context(|| format!("cannot write {}", file.display()))?;
     }
-    if kept.is_none() {
+    std::fs::write(&report_file, report::html(&outcome))
+        .with_context(|| format!("cannot write {}", report_file.display()))?;
+    print::talk(format_args!("report: {}", report_file.display()));
+    if !outcome.ok() {
+        let error = anyhow::anyhow!("not everything held: {}", outcome.complaints().join("; "));
+        return Err(Failure::new(Kind::Failed, error, logs_hint(&dir)));
+    }
+    if args.dir.is_none() {
         // What is left behind in a temporary directory harms nobody.
         let _ = std::fs::remove_dir_all(&dir);
     }
-    if outcome.ok() {
-        return Ok(());
+    Ok(())
+}
+
+fn logs_hint(dir: &Path) -> String {
+    format!("the logs are in {}", dir.display())
+}
+
+fn writable(file: &Path) -> Result<()> {
+    let opened = File::options().create(true).append(true).open(file);
+    opened.map(|_| ()).with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// A directory that nothing is in yet: an older run's store would know its job as ended.
+fn stage_dir(named: Option<&Path>) -> Result<PathBuf, Failure> {
+    let dir = match named {
+        Some(dir) => dir.to_owned(),
+        None => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+            std::env::temp_dir().join(format!("reknit-demo-{}-{now}", std::process::id()))
+        }
+    };
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let mut entries = std::fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    if entries.next().is_some() {
+        let error = anyhow::anyhow!("{} is not empty", dir.display());
+        return Err(Failure::new(Kind::Usage, error, "name a directory that is empty or not there yet"));
     }
-    let error = anyhow::anyhow!("not everything held: {}", outcome.complaints().join("; "));
-    Err(Failure::new(Kind::Failed, error, "run it again with --dir DIR and look at the logs that stay there"))
+    Ok(dir)
 }
 
 /// The example program: beside this one, unless another is named.

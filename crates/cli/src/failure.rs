@@ -53,9 +53,19 @@ impl From<std::io::Error> for Failure {
     }
 }
 
+/// Data that could not be written.
+pub(crate) fn output(why: &std::io::Error) -> Failure {
+    let error = anyhow::anyhow!("the output cannot be written: {why}");
+    Failure::new(Kind::Failed, error, "what was written is not all of it")
+}
+
 /// A call that the coordinator answered with an error, or that did not reach it.
 pub(crate) fn call(status: &tonic::Status, coordinator: &str) -> Failure {
     let error = anyhow::anyhow!("{}", status.message());
+    // What the coordinator says has nothing beneath it; what happened on the way to it has.
+    if let Some(why) = std::error::Error::source(status) {
+        return unreachable(coordinator, anyhow::anyhow!("{}", root(why)));
+    }
     let (kind, hint) = match status.code() {
         Code::NotFound => {
             (Kind::NotFound, "`reknit status` lists the jobs, `reknit status JOB` a job's members")
@@ -63,7 +73,7 @@ pub(crate) fn call(status: &tonic::Status, coordinator: &str) -> Failure {
         Code::FailedPrecondition => (Kind::WrongState, "`reknit status JOB` shows what state it is in"),
         Code::InvalidArgument => (Kind::Usage, "`reknit help COMMAND` shows what it takes"),
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => {
-            return unreachable(coordinator, error);
+            (Kind::Failed, "try again in a moment; the coordinator's log says more")
         }
         _ => (Kind::Failed, "the coordinator's log says more"),
     };
@@ -75,6 +85,10 @@ pub(crate) fn unreachable(coordinator: &str, error: anyhow::Error) -> Failure {
     // What lies between says nothing to whoever reads it.
     let error = anyhow::anyhow!("no coordinator answers at {coordinator}: {}", error.root_cause());
     Failure::new(Kind::Unreachable, error, hint)
+}
+
+fn root<'e>(why: &'e (dyn std::error::Error + 'static)) -> &'e (dyn std::error::Error + 'static) {
+    std::iter::successors(Some(why), |why| why.source()).last().unwrap_or(why)
 }
 
 /// A coordinator that cannot serve.

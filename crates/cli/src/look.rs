@@ -9,6 +9,7 @@ use reknit_proto::v1::inspect_client::InspectClient;
 use reknit_proto::{inspect, v1};
 
 use crate::args::{Checkpoints, Connection, Job, Status, Watch};
+use crate::client::PATIENCE;
 use crate::failure::{self, Failure, Kind};
 use crate::print;
 
@@ -58,7 +59,10 @@ pub(crate) fn watch(args: &Watch) -> Result<(), Failure> {
     connection.run(async |channel| {
         let failed = |status: &tonic::Status| failure::call(status, &connection.coordinator);
         let mut client = InspectClient::new(channel);
-        let mut stream = client.watch(request).await.map_err(|status| failed(&status))?.into_inner();
+        let begun = tokio::time::timeout(PATIENCE, client.watch(request)).await.map_err(|_| {
+            failure::unreachable(&connection.coordinator, anyhow::anyhow!("no answer within {PATIENCE:?}"))
+        })?;
+        let mut stream = begun.map_err(|status| failed(&status))?.into_inner();
         while let Some(reply) = stream.message().await.map_err(|status| failed(&status))? {
             if connection.json {
                 let total = reply.members_total;
@@ -69,8 +73,12 @@ pub(crate) fn watch(args: &Watch) -> Result<(), Failure> {
                 show::clear_screen();
                 show_status(connection, reply)?;
             }
+            if print::is_over() {
+                return Ok(());
+            }
         }
-        Ok(())
+        let error = anyhow::anyhow!("it has stopped, or does not serve {} any more", args.job);
+        Err(failure::unreachable(&connection.coordinator, error))
     })
 }
 

@@ -28,7 +28,11 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(why) => return failure::usage(&why),
     };
-    match run(args) {
+    let done = run(args).and_then(|()| match print::failure() {
+        None => Ok(()),
+        Some(why) => Err(failure::output(why)),
+    });
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
     }
@@ -53,7 +57,9 @@ fn run(args: Args) -> Result<(), Failure> {
         Command::Forget(job) => act::forget(&job),
         Command::Completions(shell) => {
             let mut command = Args::command();
-            clap_complete::generate(shell.shell, &mut command, "reknit", &mut print::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell.shell, &mut command, "reknit", &mut script);
+            print::data(format_args!("{}", String::from_utf8_lossy(&script).trim_end()));
             Ok(())
         }
     }

@@ -1,18 +1,37 @@
-//! The two ways out: data and talk. A reader that has gone away (`reknit history | head`) is no error.
+//! The two ways out: data and talk.
+//!
+//! A reader of the data that has gone away (`reknit history | head`) is no error, but there is no point in going on; data
+//! that cannot be written for another reason (a full disk) is one. Both are remembered here: who prints much looks now and
+//! then, and `main` at the end.
 
 use std::fmt::Arguments;
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
+use std::sync::OnceLock;
 
 use serde::Serialize;
 
-/// Standard output, for those who write to it themselves.
-pub(crate) fn stdout() -> io::Stdout {
-    io::stdout()
-}
+/// The first failure to write data.
+static FAILED: OnceLock<io::Error> = OnceLock::new();
 
 /// One line of data.
 pub(crate) fn data(line: Arguments<'_>) {
-    let _ = writeln!(io::stdout().lock(), "{line}");
+    if FAILED.get().is_some() {
+        return;
+    }
+    if let Err(why) = writeln!(io::stdout().lock(), "{line}") {
+        // Only the first one counts.
+        let _ = FAILED.set(why);
+    }
+}
+
+/// Whether nobody takes the data any more.
+pub(crate) fn is_over() -> bool {
+    FAILED.get().is_some()
+}
+
+/// Why data could not be written, if that is an error.
+pub(crate) fn failure() -> Option<&'static io::Error> {
+    FAILED.get().filter(|why| why.kind() != ErrorKind::BrokenPipe)
 }
 
 /// One line of talk.

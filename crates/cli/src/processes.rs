@@ -1,17 +1,55 @@
-//! Processes that a command starts, sends signals to, and ends for good when it is done with them.
+//! Processes that a command starts, sends signals to, and ends for good when it is done with them, or is told to end.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// How often a process that is waited for is looked at.
+const REAP_EVERY: Duration = Duration::from_micros(200);
 
 /// How long a coordinator may take to listen.
 const START_PATIENCE: Duration = Duration::from_secs(20);
+
+/// The ids of all processes that are there. One is taken out while the lock is held under which it is reaped: an id in
+/// here is nobody else's.
+static LIVE: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+
+fn live() -> MutexGuard<'static, BTreeSet<i32>> {
+    LIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Has an interrupt end this command's processes, too: one that is stopped would not even hear it.
+pub(crate) fn end_on_interrupt() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (mut interrupted, mut terminated) = {
+        let _guard = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    std::thread::Builder::new().name("reknit-signals".to_owned()).spawn(move || {
+        let code = runtime.block_on(async {
+            tokio::select! {
+                _ = interrupted.recv() => 130,
+                _ = terminated.recv() => 143,
+            }
+        });
+        let live = live();
+        for pid in live.iter().filter_map(|pid| Pid::from_raw(*pid)) {
+            // It may be on its way out already.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        std::process::exit(code);
+    })?;
+    Ok(())
+}
 
 /// Ends a process for good when it is dropped, whatever state it is in.
 pub(crate) struct Process {
@@ -21,7 +59,18 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn new(child: Child, name: &str) -> Process {
+        live().extend(i32::try_from(child.id()));
         Process { child, name: name.to_owned() }
+    }
+
+    /// Looks whether it has ended, and if so forgets its id with it.
+    fn reap(&mut self) -> Result<Option<ExitStatus>> {
+        let mut live = live();
+        let ended = self.child.try_wait()?;
+        if let (Some(_), Ok(pid)) = (ended, i32::try_from(self.child.id())) {
+            live.remove(&pid);
+        }
+        Ok(ended)
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -40,12 +89,17 @@ impl Process {
 
     /// How it ended, if it did.
     pub(crate) fn ended(&mut self) -> Result<Option<ExitStatus>> {
-        Ok(self.child.try_wait()?)
+        self.reap()
     }
 
     /// Waits for its end, however long that takes.
     pub(crate) fn wait(&mut self) -> Result<ExitStatus> {
-        Ok(self.child.wait()?)
+        loop {
+            if let Some(status) = self.reap()? {
+                return Ok(status);
+            }
+            std::thread::sleep(REAP_EVERY);
+        }
     }
 }
 
@@ -53,7 +107,7 @@ impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.wait();
     }
 }
 

@@ -1,10 +1,13 @@
 //! `reknit serve`.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use reknit_coordinator::config::{Config, Limits, StoreConfig};
 use reknit_coordinator::server::{Exposure, Server};
+use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -20,8 +23,7 @@ pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
     };
     let config = Config { listen: args.listen, store, silence: args.silence, limits: Limits::default() };
     if args.print_config {
-        print_config(&config);
-        return Ok(());
+        return print_config(&config, args.json);
     }
     let filter = EnvFilter::try_from_env("REKNIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = std::io::stderr().is_terminal();
@@ -30,6 +32,8 @@ pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
         .with_writer(std::io::stderr)
         .with_ansi(colours)
         .with_target(false)
+        // A log that nobody takes any more must not end anything.
+        .log_internal_errors(false)
         .init();
     raise_limit(config.limits.connections);
     let exposure = if args.insecure { Exposure::Insecure } else { Exposure::Loopback };
@@ -66,7 +70,7 @@ fn raise_limit(connections: usize) {
     }
 }
 
-fn print_config(config: &Config) {
+fn print_config(config: &Config, json: bool) -> Result<(), Failure> {
     let Limits {
         connections,
         first_bytes,
@@ -83,21 +87,30 @@ fn print_config(config: &Config) {
         StoreConfig::Memory => "memory".to_owned(),
         StoreConfig::Embedded { dir } => dir.display().to_string(),
     };
-    print::data(format_args!("listen                  {}", config.listen));
-    print::data(format_args!("store                   {store}"));
-    print::data(format_args!("silence                 {:?}", config.silence));
-    for (name, value) in [
-        ("connections", connections),
-        ("message_bytes", message_bytes),
-        ("outbound", outbound),
-        ("inbound", inbound),
-        ("jobs", jobs),
-        ("members", members as usize),
-        ("listed", listed),
-        ("streams_per_connection", streams_per_connection as usize),
-    ] {
+    let ms = |duration: Duration| json!(duration.as_millis() as u64);
+    let settings = [
+        ("listen", json!(config.listen)),
+        ("store", json!(store)),
+        ("silence_ms", ms(config.silence)),
+        ("connections", json!(connections)),
+        ("message_bytes", json!(message_bytes)),
+        ("outbound", json!(outbound)),
+        ("inbound", json!(inbound)),
+        ("jobs", json!(jobs)),
+        ("members", json!(members)),
+        ("listed", json!(listed)),
+        ("streams_per_connection", json!(streams_per_connection)),
+        ("first_bytes_ms", ms(first_bytes)),
+        ("introduction_ms", ms(introduction)),
+    ];
+    if json {
+        let settings: BTreeMap<&str, serde_json::Value> = settings.into_iter().collect();
+        print::json(&settings)?;
+        return Ok(());
+    }
+    for (name, value) in settings {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         print::data(format_args!("{name:<23} {value}"));
     }
-    print::data(format_args!("first_bytes             {first_bytes:?}"));
-    print::data(format_args!("introduction            {introduction:?}"));
+    Ok(())
 }

@@ -7,12 +7,14 @@ use reknit_membership::JobId;
 use reknit_proto::v1::inspect_server::Inspect;
 use reknit_proto::{PROTOCOL, inspect, v1};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::job::{Input, JobGone, JobHandle};
-use crate::jobs::Jobs;
+use crate::job::{Input, JobHandle, Unanswered};
+use crate::jobs::{Jobs, OpenJobError};
+use crate::rendezvous::open_status;
 
 pub(crate) struct InspectService {
     jobs: Jobs,
@@ -24,20 +26,56 @@ impl InspectService {
     }
 }
 
-/// The served job of that name.
-pub(crate) fn find(jobs: &Jobs, job: &str) -> Result<JobHandle, Status> {
+/// The job of that name, taken up from its record if it is not served at present.
+pub(crate) async fn find(jobs: &Jobs, job: &str) -> Result<JobHandle, Status> {
     let id = JobId::new(job).map_err(|why| Status::invalid_argument(why.to_string()))?;
-    jobs.get(&id).ok_or_else(|| Status::not_found(format!("no job is called {id}")))
+    match jobs.open(&id, None).await {
+        Ok(handle) => Ok(handle),
+        Err(OpenJobError::NoSuchJob) => Err(Status::not_found(format!("no job is called {id}"))),
+        Err(why) => Err(open_status(&why)),
+    }
 }
 
-fn gone(gone: JobGone) -> Status {
-    Status::unavailable(gone.to_string())
+pub(crate) fn unanswered(why: Unanswered) -> Status {
+    match why {
+        Unanswered::Gone(gone) => Status::unavailable(gone.to_string()),
+        Unanswered::Busy => Status::deadline_exceeded(why.to_string()),
+    }
 }
 
-async fn status(handle: &JobHandle, members_max: u32) -> Result<v1::JobStatus, JobGone> {
+async fn status(handle: &JobHandle, members_max: u32) -> Result<v1::JobStatus, Unanswered> {
     let members_max = if members_max == 0 { usize::MAX } else { members_max as usize };
     let (status, total) = handle.ask(|answer| Input::Status { members_max, answer }).await?;
     Ok(inspect::from_status(&status, total))
+}
+
+impl InspectService {
+    /// Every job, in order. All are asked at once: one that has no time holds up nobody, and is listed without a phase.
+    async fn summaries(&self) -> Vec<v1::JobSummary> {
+        let mut asking = JoinSet::new();
+        for (job, handle) in self.jobs.all() {
+            asking.spawn(async move {
+                match status(&handle, 1).await {
+                    Ok(status) => Some(v1::JobSummary {
+                        phase: status.phase,
+                        job: status.job,
+                        generation: status.generation,
+                        size: status.size,
+                        members: status.members_total,
+                        step: status.step,
+                    }),
+                    Err(Unanswered::Busy) => {
+                        Some(v1::JobSummary { job: job.as_str().to_owned(), ..v1::JobSummary::default() })
+                    }
+                    // A job that ends while it is asked is no job any more.
+                    Err(Unanswered::Gone(_)) => None,
+                }
+            });
+        }
+        let mut jobs: Vec<v1::JobSummary> = asking.join_all().await.into_iter().flatten().collect();
+        jobs.sort_by(|a, b| a.job.cmp(&b.job));
+        jobs
+    }
 }
 
 /// Watchers see a job's changes at most this often …
@@ -49,14 +87,8 @@ const WATCH_EVERY_MAX: Duration = Duration::from_secs(1);
 impl Inspect for InspectService {
     async fn server(&self, _: Request<v1::ServerRequest>) -> Result<Response<v1::ServerStatus>, Status> {
         let around = &self.jobs.around;
-        let mut jobs = 0;
-        let mut members = 0;
-        for (_, handle) in self.jobs.all() {
-            if let Ok(status) = status(&handle, 1).await {
-                jobs += 1;
-                members += status.members_total;
-            }
-        }
+        let all = self.summaries().await;
+        let (jobs, members) = (all.len() as u32, all.iter().map(|job| job.members).sum());
         Ok(Response::new(v1::ServerStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             protocol: PROTOCOL,
@@ -71,26 +103,13 @@ impl Inspect for InspectService {
     }
 
     async fn jobs(&self, _: Request<v1::JobsRequest>) -> Result<Response<v1::JobsReply>, Status> {
-        let mut jobs = Vec::new();
-        for (_, handle) in self.jobs.all() {
-            // A job that ends while it is asked is no job any more.
-            let Ok(status) = status(&handle, 1).await else { continue };
-            jobs.push(v1::JobSummary {
-                phase: status.phase,
-                job: status.job,
-                generation: status.generation,
-                size: status.size,
-                members: status.members_total,
-                step: status.step,
-            });
-        }
-        Ok(Response::new(v1::JobsReply { jobs }))
+        Ok(Response::new(v1::JobsReply { jobs: self.summaries().await }))
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::JobStatus>, Status> {
         let request = request.into_inner();
-        let handle = find(&self.jobs, &request.job)?;
-        Ok(Response::new(status(&handle, request.members_max).await.map_err(gone)?))
+        let handle = find(&self.jobs, &request.job).await?;
+        Ok(Response::new(status(&handle, request.members_max).await.map_err(unanswered)?))
     }
 
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::JobStatus, Status>> + Send>>;
@@ -100,15 +119,21 @@ impl Inspect for InspectService {
         request: Request<v1::StatusRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let request = request.into_inner();
-        let handle = find(&self.jobs, &request.job)?;
+        let handle = find(&self.jobs, &request.job).await?;
         // One status waits at the most: a slow reader sees fewer, newer ones.
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
             let mut changed = handle.changed();
             loop {
                 changed.mark_unchanged();
-                let Ok(status) = status(&handle, request.members_max).await else { return };
-                if sender.send(Ok(status)).await.is_err() {
+                let next = match status(&handle, request.members_max).await {
+                    Ok(status) => Ok(status),
+                    // It is asked again when something changes; whoever watches has the last one meanwhile.
+                    Err(Unanswered::Busy) if !sender.is_closed() => continue,
+                    Err(why) => Err(unanswered(why)),
+                };
+                let is_last = next.is_err();
+                if sender.send(next).await.is_err() || is_last {
                     return;
                 }
                 tokio::time::sleep(WATCH_EVERY_MIN).await;
@@ -126,8 +151,8 @@ impl Inspect for InspectService {
         &self,
         request: Request<v1::HistoryRequest>,
     ) -> Result<Response<v1::HistoryReply>, Status> {
-        let handle = find(&self.jobs, &request.into_inner().job)?;
-        let changes = handle.ask(|answer| Input::History { answer }).await.map_err(gone)?;
+        let handle = find(&self.jobs, &request.into_inner().job).await?;
+        let changes = handle.ask(|answer| Input::History { answer }).await.map_err(unanswered)?;
         Ok(Response::new(v1::HistoryReply { changes: changes.iter().map(inspect::from_change).collect() }))
     }
 }

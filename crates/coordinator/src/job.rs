@@ -7,11 +7,12 @@ mod log;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use reknit_membership::event::{Answer, Effect, Event, Join, Message, Operation, Request};
 use reknit_membership::record::{JobRecord, Stage, WorldChange};
-use reknit_membership::status::Status;
+use reknit_membership::status::{PhaseName, Status};
 use reknit_membership::world::Seat;
 use reknit_membership::{Generation, Job, JobId, MemberId, Timestamp, Timing};
 use reknit_proto::{record, rendezvous, v1};
@@ -124,6 +125,20 @@ pub struct JobGone;
 pub struct JobHandle {
     inputs: mpsc::Sender<Input>,
     changed: watch::Receiver<u64>,
+    closed: Arc<AtomicBool>,
+}
+
+/// Why a question to a job's task has no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unanswered {
+    /// There is no task any more.
+    #[error(transparent)]
+    Gone(#[from] JobGone),
+    /// It has no time: it cannot save the job's record, or has too much to do.
+    #[error(
+        "the job has not answered within {ASK_PATIENCE:?}: its record cannot be saved, or it is busy; the coordinator's log says more"
+    )]
+    Busy,
 }
 
 impl JobHandle {
@@ -137,12 +152,26 @@ impl JobHandle {
 
     /// Hands a question to the task and waits for the answer.
     ///
+    /// While a record cannot be saved, the task tells nothing of the change that it holds (rule D-2): whoever asks is told
+    /// that, soon, rather than kept waiting.
+    ///
     /// # Errors
-    /// [`JobGone`] if the task has ended.
-    pub async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Input) -> Result<T, JobGone> {
+    /// [`Unanswered`] says whether asking again may help.
+    pub async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Input) -> Result<T, Unanswered> {
         let (answer, answered) = oneshot::channel();
-        self.send(question(answer)).await?;
-        answered.await.map_err(|_| JobGone)
+        let asking = async {
+            self.send(question(answer)).await?;
+            answered.await.map_err(|_| JobGone)
+        };
+        match tokio::time::timeout(ASK_PATIENCE, asking).await {
+            Ok(answer) => Ok(answer?),
+            Err(_) => Err(Unanswered::Busy),
+        }
+    }
+
+    /// Whether the job is over.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
     }
 
     /// Counts the job's changes, for those who watch it.
@@ -186,6 +215,9 @@ pub struct Known {
 /// it was held up itself, so that members could not be heard.
 const PULSES_PER_SILENCE: u32 = 6;
 
+/// How long a question may wait for its answer.
+const ASK_PATIENCE: Duration = Duration::from_secs(2);
+
 /// How long it waits before it tries to save again.
 const SAVE_RETRY: Duration = Duration::from_millis(200);
 
@@ -195,8 +227,14 @@ pub fn job_task(known: Known, surroundings: Surroundings) -> (JobHandle, impl Fu
     let (changed, watched) = watch::channel(0);
     let now = surroundings.clock.now();
     let job = Job::restore(known.record, surroundings.timing, surroundings.limits.members, now);
+    let closed = Arc::new(AtomicBool::new(matches!(job.phase(), PhaseName::Closed(_))));
+    let pulse = surroundings.timing.silence / PULSES_PER_SILENCE;
     let task = JobTask {
         job,
+        pulse,
+        next_pulse: Instant::now() + pulse,
+        attended: false,
+        closed: Arc::clone(&closed),
         secret: known.secret,
         revision: known.revision,
         around: surroundings,
@@ -205,11 +243,18 @@ pub fn job_task(known: Known, surroundings: Surroundings) -> (JobHandle, impl Fu
         requests: 0,
         changed,
     };
-    (JobHandle { inputs, changed: watched }, task.run(inbox))
+    (JobHandle { inputs, changed: watched, closed }, task.run(inbox))
 }
 
 struct JobTask {
     job: Job,
+    /// How often it wakes at the least.
+    pulse: Duration,
+    next_pulse: Instant,
+    /// Whether anybody has ever attached.
+    attended: bool,
+    /// Told to whoever has a handle.
+    closed: Arc<AtomicBool>,
     secret: JobSecret,
     revision: Revision,
     around: Surroundings,
@@ -228,34 +273,30 @@ enum Life {
 
 impl JobTask {
     async fn run(mut self, mut inbox: mpsc::Receiver<Input>) {
-        let pulse = self.around.timing.silence / PULSES_PER_SILENCE;
-        let mut next_pulse = Instant::now() + pulse;
         loop {
             let due = self.job.next_deadline().map(|at| self.around.clock.instant(at));
-            let wake = due.map_or(next_pulse, |due| due.min(next_pulse));
+            let wake = due.map_or(self.next_pulse, |due| due.min(self.next_pulse));
             // The clock comes first: a flood of messages must not keep leases from running out.
             let life = tokio::select! {
                 biased;
-                () = tokio::time::sleep_until(wake) => {
-                    let late = next_pulse.elapsed();
-                    if next_pulse <= Instant::now() {
-                        next_pulse = Instant::now() + pulse;
-                    }
-                    self.pulse(late, pulse).await
-                }
+                () = tokio::time::sleep_until(wake) => self.pulse().await,
                 input = inbox.recv() => match input {
                     Some(input) => self.take(input).await,
                     None => Life::Ends,
                 },
             };
-            if life == Life::Ends {
+            if life == Life::Ends || self.is_abandoned() {
                 return;
             }
         }
     }
 
-    async fn pulse(&mut self, late: Duration, pulse: Duration) -> Life {
-        if late > pulse {
+    async fn pulse(&mut self) -> Life {
+        let late = self.next_pulse.elapsed();
+        if self.next_pulse <= Instant::now() {
+            self.next_pulse = Instant::now() + self.pulse;
+        }
+        if late > self.pulse {
             tracing::warn!(job = %self.job_id(), late_ms = late.as_millis(), "held up; leases are lengthened");
             if self.step(Event::Stalled { by: late }).await == Life::Ends {
                 return Life::Ends;
@@ -277,6 +318,7 @@ impl JobTask {
         match input {
             Input::Attach { member, join, outbound } => {
                 // An older stream of the same member ends here: its sender is dropped.
+                self.attended = true;
                 self.streams.insert(member, outbound);
                 let event = Event::Attach { member, join };
                 self.around.counters.received(&event);
@@ -287,8 +329,7 @@ impl JobTask {
                     return Life::GoesOn;
                 }
                 self.streams.remove(&member);
-                let life = self.step(Event::Detached { member }).await;
-                if self.is_abandoned() { Life::Ends } else { life }
+                self.step(Event::Detached { member }).await
             }
             Input::Said { connection, event } => {
                 if let Some(member) = speaker(&event)
@@ -330,7 +371,7 @@ impl JobTask {
 
     /// Nobody is left of a job that never was anything: a mistyped id must not stay for ever.
     fn is_abandoned(&self) -> bool {
-        self.streams.is_empty() && self.revision == Revision::default()
+        self.attended && self.streams.is_empty() && self.revision == Revision::default()
     }
 
     fn roster(&self, from: usize, most: usize) -> Option<RosterPage> {
@@ -348,17 +389,20 @@ impl JobTask {
             return Life::GoesOn;
         }
         let removed = self.around.store.remove(self.job_id(), self.revision).await;
-        match removed {
-            Ok(()) => {
-                let _ = answer.send(true);
-                Life::Ends
-            }
-            Err(why) => {
-                // The question stays unanswered: the caller is told to ask again.
-                tracing::error!(job = %self.job_id(), error = %why, "a record could not be removed");
-                Life::GoesOn
-            }
+        let is_gone = match &removed {
+            Ok(()) => true,
+            // An earlier request may have been carried out, and only its answer was lost.
+            Err(StoreError::Conflict) => matches!(self.around.store.load(self.job_id()).await, Ok(None)),
+            Err(_) => false,
+        };
+        if is_gone {
+            let _ = answer.send(true);
+            return Life::Ends;
         }
+        // The question stays unanswered: the caller is told to ask again.
+        let why = removed.err().map(|why| source_text(&why)).unwrap_or_default();
+        tracing::error!(job = %self.job_id(), error = why, "a record could not be removed");
+        Life::GoesOn
     }
 
     /// Feeds the core, and whatever follows from telling members (a reader that was cut off is one more event).
@@ -375,6 +419,7 @@ impl JobTask {
             {
                 return life;
             }
+            self.closed.store(matches!(self.job.phase(), PhaseName::Closed(_)), Ordering::Relaxed);
             let tells = transition.then.iter().any(|effect| matches!(effect, Effect::Tell { .. }));
             for effect in transition.then {
                 events.extend(self.perform(effect));
@@ -418,6 +463,8 @@ impl JobTask {
             // Nobody was heard meanwhile.
             let held_up = self.job.step(self.now(), Event::Stalled { by: waited });
             debug_assert_eq!((held_up.save, held_up.then.len()), (None, 0), "a stall tells nobody anything");
+            // This stall is counted; the pulse that fell into it must not count it again.
+            self.next_pulse = Instant::now() + self.pulse;
         }
         if record.stage == Stage::Published {
             self.job.published(self.now());
@@ -497,6 +544,14 @@ impl JobTask {
             return Some(Event::Detached { member });
         }
         None
+    }
+}
+
+impl Drop for JobTask {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!(job = %self.job_id(), "the job's task has failed; it is taken up again from its record");
+        }
     }
 }
 

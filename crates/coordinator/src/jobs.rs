@@ -9,7 +9,7 @@ use reknit_membership::{HistoryId, JobId, JobRecord, Spec};
 use reknit_proto::BadMessage;
 use tokio::task::JoinSet;
 
-use crate::job::{Input, JobHandle, Known, Surroundings, job_task};
+use crate::job::{Input, JobHandle, Known, Surroundings, job_task, source_text};
 use crate::secret::JobSecret;
 use crate::store::{Revision, StoreError};
 
@@ -57,13 +57,20 @@ impl Jobs {
         act(&mut self.table.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes up every job that the store has.
+    /// Takes up every job that the store has, and returns how many those are. A record that cannot be read keeps nobody
+    /// but its own job from being served.
     pub(crate) async fn load_all(&self) -> Result<usize, OpenJobError> {
-        let jobs = self.around.store.jobs().await?;
-        for job in &jobs {
-            self.open(job, None).await?;
+        let mut loaded = 0;
+        for job in &self.around.store.jobs().await? {
+            match self.open(job, None).await {
+                Ok(_) => loaded += 1,
+                Err(why @ OpenJobError::Record(_)) => {
+                    tracing::error!(%job, error = %source_text(&why), "a job's record cannot be read: it is not served");
+                }
+                Err(why) => return Err(why),
+            }
         }
-        Ok(jobs.len())
+        Ok(loaded)
     }
 
     /// The job of that id, if it is served.
@@ -109,7 +116,9 @@ impl Jobs {
             table.handles.retain(|_, handle| !handle.is_gone());
             while table.tasks.try_join_next().is_some() {}
             let limit = self.around.limits.jobs;
-            if table.handles.len() >= limit {
+            // Jobs that are over cost next to nothing, and whatever the store has is served.
+            let live = table.handles.values().filter(|handle| !handle.is_closed()).count();
+            if known.revision == Revision::default() && live >= limit {
                 return Err(OpenJobError::TooManyJobs { limit });
             }
             let (handle, task) = job_task(known, self.around.clone());
@@ -126,11 +135,13 @@ impl Jobs {
             let handles: Vec<JobHandle> = std::mem::take(&mut table.handles).into_values().collect();
             (handles, std::mem::take(&mut table.tasks))
         });
-        for handle in &handles {
-            // A task that has ended already has nothing to stop.
-            let _ = handle.send(Input::Stop).await;
-        }
-        let all_end = async { while tasks.join_next().await.is_some() {} };
+        let all_end = async {
+            for handle in &handles {
+                // A task that has ended already has nothing to stop; one that cannot save may have no room for this.
+                let _ = handle.send(Input::Stop).await;
+            }
+            while tasks.join_next().await.is_some() {}
+        };
         if tokio::time::timeout(STOP_PATIENCE, all_end).await.is_err() {
             // A store that cannot be written holds them up. Nobody has been told what is not saved.
             tracing::warn!("stopping although records could not be saved");

@@ -8,7 +8,7 @@ use reknit_proto::v1;
 use reknit_proto::v1::operate_server::Operate;
 use tonic::{Request, Response, Status};
 
-use crate::inspect::find;
+use crate::inspect::{find, unanswered};
 use crate::job::Input;
 use crate::jobs::Jobs;
 
@@ -22,11 +22,8 @@ impl OperateService {
     }
 
     async fn operate(&self, job: &str, operation: Operation) -> Result<Response<v1::OperateReply>, Status> {
-        let handle = find(&self.jobs, job)?;
-        let answer = handle
-            .ask(|answer| Input::Operate { operation, answer })
-            .await
-            .map_err(|gone| Status::unavailable(gone.to_string()))?;
+        let handle = find(&self.jobs, job).await?;
+        let answer = handle.ask(|answer| Input::Operate { operation, answer }).await.map_err(unanswered)?;
         answered(answer)
     }
 }
@@ -97,7 +94,7 @@ impl Operate for OperateService {
     async fn forget(&self, request: Request<v1::JobRequest>) -> Result<Response<v1::OperateReply>, Status> {
         let request = request.into_inner();
         let job = JobId::new(&request.job).map_err(|why| Status::invalid_argument(why.to_string()))?;
-        let handle = find(&self.jobs, job.as_str())?;
+        let handle = find(&self.jobs, job.as_str()).await?;
         let forgotten = handle
             .ask(|answer| Input::Forget { answer })
             .await

@@ -8,11 +8,12 @@ use reknit_membership::{JobId, MemberId};
 use reknit_proto::rendezvous::{BadIntroduction, Introduction};
 use reknit_proto::v1::rendezvous_server::Rendezvous;
 use reknit_proto::{rendezvous, v1};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::inspect::{find, unanswered};
 use crate::job::{ConnectionId, Input, JobHandle, Outbound, source_text};
 use crate::jobs::{Jobs, OpenJobError};
 
@@ -70,15 +71,21 @@ impl Rendezvous for RendezvousService {
         let mut inbound = request.into_inner();
         let Introduction { job, member, join } = self.introduction(&mut inbound).await?;
         let (sender, receiver) = mpsc::channel(self.jobs.around.limits.outbound);
-        let outgoing: Outgoing =
-            Box::pin(ReceiverStream::new(receiver).map(|message: Box<v1::CoordinatorMessage>| Ok(*message)));
+        let (told, all_told) = oneshot::channel::<()>();
+        let outgoing = ReceiverStream::new(receiver).map(move |message: Box<v1::CoordinatorMessage>| {
+            // Held until the member's stream has ended on this side: then there is nobody to be heard either.
+            let _ = &told;
+            Ok(*message)
+        });
+        let outgoing: Outgoing = Box::pin(outgoing);
         match self.jobs.open(&job, Some(join.spec)).await {
             Ok(handle) => {
                 let connection = ConnectionId(self.connections.fetch_add(1, Ordering::Relaxed));
                 let outbound = Outbound { connection, sender };
                 let attach = Input::Attach { member, join, outbound };
                 handle.send(attach).await.map_err(|gone| Status::unavailable(gone.to_string()))?;
-                tokio::spawn(listen(self.jobs.clone(), handle, job, member, connection, inbound));
+                let from = Speaker { job, member, connection };
+                tokio::spawn(listen(self.jobs.clone(), handle, from, inbound, all_told));
             }
             Err(OpenJobError::BadSpec(why)) => {
                 // The queue is new and empty: there is room.
@@ -91,13 +98,13 @@ impl Rendezvous for RendezvousService {
 
     async fn roster(&self, request: Request<v1::RosterRequest>) -> Result<Response<v1::RosterPage>, Status> {
         let request = request.into_inner();
-        let handle = crate::inspect::find(&self.jobs, &request.job)?;
+        let handle = find(&self.jobs, &request.job).await?;
         let from = request.from as usize;
         let most = self.jobs.around.limits.listed;
         let page = handle
             .ask(|answer| Input::Roster { from, most, answer })
             .await
-            .map_err(|gone| Status::unavailable(gone.to_string()))?
+            .map_err(unanswered)?
             .ok_or_else(|| Status::failed_precondition("the job has not formed a world yet"))?;
         if request.generation != 0 && request.generation != page.generation.0 {
             return Err(Status::failed_precondition(format!(
@@ -114,19 +121,29 @@ impl Rendezvous for RendezvousService {
     }
 }
 
-/// Hears a member until its stream ends.
-async fn listen(
-    jobs: Jobs,
-    handle: JobHandle,
+/// Whom a stream belongs to.
+struct Speaker {
     job: JobId,
     member: MemberId,
     connection: ConnectionId,
+}
+
+/// Hears a member until its stream ends, on either side.
+async fn listen(
+    jobs: Jobs,
+    handle: JobHandle,
+    from: Speaker,
     mut inbound: Streaming<v1::MemberMessage>,
+    mut all_told: oneshot::Receiver<()>,
 ) {
+    let Speaker { job, member, connection } = from;
     loop {
-        let message = match inbound.message().await {
-            Ok(Some(message)) => message,
-            Ok(None) | Err(_) => break,
+        let message = tokio::select! {
+            message = inbound.message() => match message {
+                Ok(Some(message)) => message,
+                Ok(None) | Err(_) => break,
+            },
+            _ = &mut all_told => break,
         };
         let event = match rendezvous::event(member, message, jobs.around.clock.now()) {
             Ok(event) => event,

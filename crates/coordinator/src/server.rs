@@ -11,6 +11,8 @@ use reknit_proto::v1::operate_server::OperateServer;
 use reknit_proto::v1::rendezvous_server::RendezvousServer;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
+use tonic::server::NamedService;
+use tonic_health::ServingStatus;
 
 use crate::clock::Clock;
 use crate::config::{Config, StoreConfig};
@@ -131,9 +133,9 @@ impl Server {
             .build_v1()
             .map_err(|why| grpc(Box::new(why)))?;
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<RendezvousServer<RendezvousService>>().await;
-        health.set_serving::<InspectServer<InspectService>>().await;
-        health.set_serving::<OperateServer<OperateService>>().await;
+        for service in SERVICES {
+            health.set_service_status(service, ServingStatus::Serving).await;
+        }
 
         let rendezvous = RendezvousServer::new(RendezvousService::new(self.jobs.clone()))
             .max_decoding_message_size(limits.message_bytes);
@@ -143,15 +145,20 @@ impl Server {
             .max_decoding_message_size(limits.message_bytes);
 
         let jobs = self.jobs.clone();
+        let unhealthy = health.clone();
         let (ends, ended) = oneshot::channel();
         let stopped = async move {
             stop.await;
             tracing::info!("stopping");
+            for service in SERVICES {
+                unhealthy.set_service_status(service, ServingStatus::NotServing).await;
+            }
             jobs.stop().await;
             // If nobody waits for it, everything has ended already.
             let _ = ends.send(());
         };
         let serving = tonic::transport::Server::builder()
+            .timeout(ANSWER_PATIENCE)
             .max_concurrent_streams(limits.streams_per_connection)
             .http2_max_header_list_size(16 * 1024)
             .http2_keepalive_interval(Some(KEEPALIVE))
@@ -177,6 +184,17 @@ impl Server {
         }
     }
 }
+
+/// How long a call may take to be answered, or a stream to begin.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(20);
+
+/// What health is asked of; the empty name stands for the server as a whole.
+const SERVICES: [&str; 4] = [
+    "",
+    <RendezvousServer<RendezvousService> as NamedService>::NAME,
+    <InspectServer<InspectService> as NamedService>::NAME,
+    <OperateServer<OperateService> as NamedService>::NAME,
+];
 
 /// How long a stopping server waits for its peers to let go of their connections, when every stream has ended.
 const FAREWELL: Duration = Duration::from_secs(1);

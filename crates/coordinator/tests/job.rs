@@ -9,7 +9,9 @@ use std::time::Duration;
 use reknit_coordinator::clock::Clock;
 use reknit_coordinator::config::Limits;
 use reknit_coordinator::counters::Counters;
-use reknit_coordinator::job::{ConnectionId, Input, JobHandle, Known, Outbound, Surroundings, job_task};
+use reknit_coordinator::job::{
+    ConnectionId, Input, JobHandle, Known, Outbound, Surroundings, Unanswered, job_task,
+};
 use reknit_coordinator::secret::JobSecret;
 use reknit_coordinator::store::{Memory, Pending, Revision, Saved, Store, StoreError};
 use reknit_membership::event::{Event, Join, Message};
@@ -19,7 +21,7 @@ use reknit_membership::{
 };
 use reknit_proto::{record, rendezvous, v1};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 /// A store in memory that takes no saves while it is closed.
 #[derive(Default)]
@@ -86,14 +88,25 @@ fn start(store: &Arc<Fickle>) -> JobHandle {
     handle
 }
 
-/// A member's stream begins; up to `room` messages wait for it to be read.
+/// A member's stream begins; up to `room` messages wait for it to be read. It renews its lease.
 async fn attach(handle: &JobHandle, name: &str, connection: u64, room: usize) -> Heard {
+    let heard = attach_with(handle, name, connection, room, 1).await;
+    tokio::spawn(renew(handle.clone(), member(name), ConnectionId(connection)));
+    heard
+}
+
+/// One that never says anything more.
+async fn attach_silently(handle: &JobHandle, name: &str, connection: u64) -> Heard {
+    attach_with(handle, name, connection, 64, 1).await
+}
+
+async fn attach_with(handle: &JobHandle, name: &str, connection: u64, room: usize, slots: u32) -> Heard {
     let (sender, heard) = mpsc::channel(room);
     let shape =
         Shape { tensors: Digest(1), count: 1, bytes: 4, recipe: Digest(1), sharding: Sharding::Replicated };
     let join = Join {
         name: MemberName::new(name).unwrap(),
-        slots: 1,
+        slots,
         address: "127.0.0.1:1".to_owned(),
         spec: Spec { min: 1, max: 4, unit: 1, keep: 1 },
         shape,
@@ -103,7 +116,6 @@ async fn attach(handle: &JobHandle, name: &str, connection: u64, room: usize) ->
     };
     let outbound = Outbound { connection: ConnectionId(connection), sender };
     handle.send(Input::Attach { member: member(name), join, outbound }).await.unwrap();
-    tokio::spawn(renew(handle.clone(), member(name), ConnectionId(connection)));
     heard
 }
 
@@ -208,4 +220,81 @@ async fn an_older_stream_of_a_member_ends_when_a_newer_one_begins_and_says_nothi
     handle.send(Input::Detached { member: member("a"), connection: ConnectionId(1) }).await.unwrap();
     let generation = world(&mut new).await;
     assert_eq!(generation, Generation(1), "what the older one said and its end changed nothing");
+}
+
+#[tokio::test(start_paused = true)]
+async fn d2_whoever_asks_while_a_record_cannot_be_saved_is_told_so_and_not_kept_waiting() {
+    let store = Arc::new(Fickle::default());
+    let handle = start(&store);
+    store.set_closed(true);
+    let mut heard = attach(&handle, "a", 1, 16).await;
+    assert!(matches!(next(&mut heard).await, Some(Message::Attached { .. })));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let asked = handle.ask(|answer| Input::Status { members_max: 10, answer }).await;
+    assert_eq!(asked.map(|_| ()), Err(Unanswered::Busy));
+    store.set_closed(false);
+    world(&mut heard).await;
+    let (status, members) = handle.ask(|answer| Input::Status { members_max: 10, answer }).await.unwrap();
+    assert_eq!((status.members.len(), members), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stall_of_the_store_lengthens_leases_by_as_much_and_no_more() {
+    let store = Arc::new(Fickle::default());
+    let handle = start(&store);
+    let mut heard = attach(&handle, "a", 1, 64).await;
+    world(&mut heard).await;
+    // A member that hangs: its stream is there, and nothing comes.
+    let _silent = attach_silently(&handle, "b", 2).await;
+    store.set_closed(true);
+    let mut third = attach(&handle, "c", 3, 64).await;
+    while !matches!(next(&mut third).await, Some(Message::Attached { .. })) {}
+    let leaves = Event::Leave { member: member("a") };
+    handle.send(Input::Said { connection: ConnectionId(1), event: leaves }).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    store.set_closed(false);
+    let began = Instant::now();
+    let gone = async {
+        loop {
+            let asked = handle.ask(|answer| Input::Status { members_max: 10, answer }).await;
+            if asked.is_ok_and(|(status, _)| status.members.iter().all(|other| other.name.as_str() != "b")) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    timeout(Duration::from_secs(3600), gone).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(60), "b is struck off after {:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_never_was_anything_is_forgotten_when_nobody_is_left() {
+    let leave = |handle: JobHandle| async move {
+        let leaves = Event::Leave { member: member("a") };
+        handle.send(Input::Said { connection: ConnectionId(1), event: leaves }).await.unwrap();
+    };
+    let detach = |handle: JobHandle| async move {
+        let gone = Input::Detached { member: member("a"), connection: ConnectionId(1) };
+        handle.send(gone).await.unwrap();
+    };
+    // It says goodbye; its stream ends; or it never was let in at all.
+    for how in 0..3 {
+        let store = Arc::new(Fickle::default());
+        let handle = start(&store);
+        let slots = if how == 2 { 0 } else { 1 };
+        let heard = attach_with(&handle, "a", 1, 16, slots).await;
+        match how {
+            0 => leave(handle.clone()).await,
+            1 => detach(handle.clone()).await,
+            _ => {}
+        }
+        let gone = async {
+            while !handle.is_gone() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(Duration::from_secs(2), gone).await.unwrap_or_else(|_| panic!("way {how}"));
+        drop(heard);
+        assert!(store.load(&job()).await.unwrap().is_none());
+    }
 }

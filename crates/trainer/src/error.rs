@@ -45,12 +45,14 @@ pub enum TrainError {
     #[error("checkpoints cannot be written")]
     Checkpoints(#[source] SaveError),
     /// No coordinator can be reached, and there is nothing to do without one.
-    #[error("no coordinator at {coordinators} for {waited:?}; is `reknit serve` running there?")]
+    #[error("no coordinator at {coordinators} for {waited:?} ({last}); is `reknit serve` running there?")]
     Unreachable {
         /// Where it was looked for.
         coordinators: String,
         /// For how long.
         waited: Duration,
+        /// What came of the last attempt.
+        last: String,
     },
     /// The coordinator does not let this worker in, or not any more.
     #[error("the coordinator refuses this worker: {0}")]

@@ -93,6 +93,8 @@ pub(crate) struct Hub {
     noticed: AtomicBool,
     /// Since when there has been no stream.
     apart_since: Mutex<Option<Instant>>,
+    /// What ended the last stream, or the last attempt at one.
+    trouble: Mutex<String>,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -120,6 +122,7 @@ impl Hub {
             on_notice,
             noticed: AtomicBool::new(false),
             apart_since: Mutex::new(Some(Instant::now())),
+            trouble: Mutex::new("no attempt has ended yet".to_owned()),
         })
     }
 
@@ -232,8 +235,14 @@ impl Hub {
         self.bring(|session| session.told(told));
     }
 
+    /// What ended the last stream, or the last attempt at one.
+    pub(crate) fn trouble(&self) -> String {
+        lock(&self.trouble).clone()
+    }
+
     /// The stream ended, or could not be had.
-    pub(crate) fn disconnected(self: &Arc<Hub>) {
+    pub(crate) fn disconnected(self: &Arc<Hub>, trouble: String) {
+        *lock(&self.trouble) = trouble;
         lock(&self.apart_since).get_or_insert_with(Instant::now);
         self.bring(|session| {
             session.disconnected();

@@ -34,8 +34,8 @@ type Sender = mpsc::Sender<v1::MemberMessage>;
 
 /// Why a stream ended.
 enum Ended {
-    /// The coordinator, or the way to it, is gone; or a new introduction is due.
-    Gone,
+    /// The coordinator, or the way to it, is gone; or a new introduction is due. With what is known of why.
+    Gone(String),
     /// The coordinator will not have this member, and trying again will not help.
     Rejected(String),
     /// The program is done with it.
@@ -68,14 +68,13 @@ async fn live(
         let coordinator = &coordinators[attempt as usize % coordinators.len()];
         let ended = attend(hub, coordinator, job, &mut inbox).await;
         let was_up = hub.look(super::session::Session::is_attached);
-        hub.disconnected();
         match ended {
-            Ended::Done => return,
+            Ended::Done => return hub.disconnected("the program is done".to_owned()),
             Ended::Rejected(why) => {
-                hub.bring(|session| session.rejected(why));
-                return;
+                hub.disconnected(why.clone());
+                return hub.bring(|session| session.rejected(why));
             }
-            Ended::Gone => {}
+            Ended::Gone(why) => hub.disconnected(why),
         }
         if hub.look(|session| session.end().is_some()) {
             // There is nothing to come back for, however long the program takes to drop its trainer.
@@ -127,16 +126,16 @@ async fn attend(
                     Ok(told) => hub.told(told),
                     Err(why) => return Ended::Rejected(format!("the coordinator does not speak our protocol: {why}")),
                 },
-                Ok(None) => return Ended::Gone,
+                Ok(None) => return gone("it ended the stream"),
                 Err(status) => return ended_by(&status),
             },
             to_say = inbox.recv() => match to_say {
                 Some(ToLink::Say(event)) => {
                     if say(&sender, &event).await.is_err() {
-                        return Ended::Gone;
+                        return gone("it takes nothing any more");
                     }
                 }
-                Some(ToLink::Reconnect) => return Ended::Gone,
+                Some(ToLink::Reconnect) => return gone("this worker comes back as a new member"),
                 Some(ToLink::End) | None => {
                     // What was said last is on its way before the stream ends.
                     drop(sender);
@@ -148,7 +147,7 @@ async fn attend(
             () = tokio::time::sleep_until(renew_at) => {
                 let renewal = hub.look(super::session::Session::renewal);
                 if say(&sender, &renewal).await.is_err() {
-                    return Ended::Gone;
+                    return gone("it takes nothing any more");
                 }
                 renew_at = tokio::time::Instant::now() + hub.look(super::session::Session::renew_every);
             }
@@ -168,17 +167,17 @@ async fn begin(
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE)
         .keep_alive_while_idle(true);
-    let channel = endpoint.connect().await.map_err(|_| Ended::Gone)?;
+    let channel = endpoint.connect().await.map_err(|why| gone(root(&why)))?;
     let (sender, receiver) = mpsc::channel(OUTBOUND);
     let introduction =
         hub.look(|session| Introduction { job: job.clone(), member: session.member(), join: session.join() });
-    sender.send(rendezvous::from_introduction(&introduction)).await.map_err(|_| Ended::Gone)?;
+    sender.send(rendezvous::from_introduction(&introduction)).await.map_err(|_| gone("no stream"))?;
     let mut client = RendezvousClient::new(channel);
     let attended = client.attend(ReceiverStream::new(receiver));
     match tokio::time::timeout(CONNECT_PATIENCE, attended).await {
         Ok(Ok(response)) => Ok((sender, response.into_inner())),
         Ok(Err(status)) => Err(ended_by(&status)),
-        Err(_) => Err(Ended::Gone),
+        Err(_) => Err(gone(format!("no answer within {CONNECT_PATIENCE:?}"))),
     }
 }
 
@@ -195,11 +194,20 @@ pub(crate) fn now() -> Timestamp {
     Timestamp::default().after(wall)
 }
 
+fn gone(why: impl ToString) -> Ended {
+    Ended::Gone(why.to_string())
+}
+
+/// What lies at the bottom of an error: what is above it only says that there was one.
+fn root(why: &(dyn std::error::Error + 'static)) -> String {
+    std::iter::successors(Some(why), |why| why.source()).last().unwrap_or(why).to_string()
+}
+
 fn ended_by(status: &tonic::Status) -> Ended {
     match status.code() {
         Code::FailedPrecondition | Code::InvalidArgument | Code::Unimplemented | Code::DataLoss => {
             Ended::Rejected(status.message().to_owned())
         }
-        _ => Ended::Gone,
+        _ => gone(root(status)),
     }
 }

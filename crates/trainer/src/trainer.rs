@@ -169,7 +169,8 @@ impl Trainer {
     }
 
     fn unreachable(&self, waited: Duration) -> TrainError {
-        TrainError::Unreachable { coordinators: self.options.coordinators.join(", "), waited }
+        let coordinators = self.options.coordinators.join(", ");
+        TrainError::Unreachable { coordinators, waited, last: self.hub.trouble() }
     }
 
     /// What other threads can do.

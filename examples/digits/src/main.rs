@@ -57,7 +57,7 @@ struct Args {
 
 #[expect(clippy::print_stdout, reason = "what a program of its kind says goes to its user")]
 fn main() -> Result<()> {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).log_internal_errors(false).init();
     let args = Args::parse();
     let digits = Digits::load();
     let mut evidence = Evidence::new(args.evidence.as_deref(), digits.train())?;

@@ -2,7 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
 
-use reknit_e2e::{Coordinator, reknit};
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
+
+use reknit_e2e::{Coordinator, eventually, programs, reknit};
+use serde_json::Value;
 
 /// The last line of an error says what to do.
 fn has_hint(stderr: &str) -> bool {
@@ -122,8 +126,148 @@ fn an_operator_sees_who_is_in_and_can_act_on_them() {
 fn the_configuration_and_completions_can_be_printed() {
     let config = reknit(&["serve", "--print-config", "--silence", "1500ms"]);
     assert_eq!(config.code, 0);
-    assert!(config.stdout.contains("silence                 1.5s"), "{}", config.stdout);
+    assert!(config.stdout.contains("silence_ms              1500"), "{}", config.stdout);
     let completions = reknit(&["completions", "bash"]);
     assert!(completions.stdout.contains("_reknit"), "a completion script");
     assert_eq!(reknit(&["serve", "--silence", "1ms"]).code, 2);
+}
+
+/// The value that a command prints with `--json`.
+fn json(coordinator: &Coordinator, args: &[&str]) -> Value {
+    let mut all = args.to_vec();
+    all.push("--json");
+    let ran = coordinator.reknit(&all);
+    assert_eq!(ran.code, 0, "{args:?}: {}", ran.stderr);
+    serde_json::from_str(&ran.stdout).unwrap_or_else(|why| panic!("{args:?} prints {:?}: {why}", ran.stdout))
+}
+
+#[test]
+fn every_command_that_talks_to_a_coordinator_can_print_json() {
+    let coordinator = Coordinator::start();
+    let dir = coordinator.dir().join("checkpoints").display().to_string();
+    let endless = [
+        "--min",
+        "1",
+        "--step-ms",
+        "2",
+        "--steps",
+        "1000000",
+        "--checkpoints",
+        &dir,
+        "--checkpoint-every",
+        "1000000",
+    ];
+    let mut workers = ["a", "b", "c", "d"].map(|name| coordinator.worker("job", name, &endless));
+    coordinator.runs_with("job", 4);
+    let done = serde_json::json!({ "done": true });
+
+    assert_eq!(json(&coordinator, &["status"])[0]["job"], "job");
+    assert_eq!(json(&coordinator, &["status", "job"])["members"].as_array().unwrap().len(), 4);
+    assert_eq!(json(&coordinator, &["history", "job"])[0]["generation"], 1);
+    assert_eq!(json(&coordinator, &["checkpoints", "job"]), serde_json::json!([]));
+    assert_eq!(json(&coordinator, &["save", "job"]), done);
+    coordinator.has_checkpoint("job", 1);
+    let written = std::fs::read_dir(&dir).unwrap().next().unwrap().unwrap().path().display().to_string();
+    let listed = json(&coordinator, &["checkpoints", "--dir", &written]);
+    assert_eq!(listed.as_array().unwrap().len(), 1, "{listed}");
+
+    // A drain that is taken back at once may still have been asked for: nobody leaves.
+    assert_eq!(json(&coordinator, &["drain", "job", "a"]), done);
+    assert_eq!(json(&coordinator, &["undrain", "job", "a"]), done);
+    assert_eq!(json(&coordinator, &["notice", "job", "b", "--in", "90s"]), done);
+    assert!(workers[1].ended().success());
+    assert_eq!(json(&coordinator, &["evict", "job", "c"]), done);
+    assert!(!workers[2].ended().success());
+    assert_eq!(json(&coordinator, &["resize", "job", "--min", "1", "--max", "1"]), done);
+    coordinator.runs_with("job", 1);
+    assert_eq!(json(&coordinator, &["close", "job"]), done);
+    for worker in [0, 3] {
+        workers[worker].ended();
+    }
+    assert_eq!(json(&coordinator, &["status", "job"])["closure"], "closed by an operator");
+    assert_eq!(json(&coordinator, &["forget", "job"]), done);
+    assert_eq!(json(&coordinator, &["status"]), serde_json::json!([]));
+
+    let config = reknit(&["serve", "--print-config", "--json"]);
+    let config: Value = serde_json::from_str(&config.stdout).unwrap();
+    assert_eq!(config["silence_ms"], 3000);
+}
+
+#[test]
+fn who_watches_sees_changes_and_ends_with_its_reader_or_the_coordinator() {
+    let mut coordinator = Coordinator::start();
+    let _worker = coordinator.worker("job", "a", &["--min", "1", "--step-ms", "2", "--steps", "1000000"]);
+    coordinator.runs_with("job", 1);
+    let watch = || {
+        let mut command = Command::new(programs().join("reknit"));
+        command.args(["watch", "job", "--json", "--coordinator", &coordinator.url()]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let (mut watched, mut short) = (watch(), watch());
+    let mut lines = BufReader::new(watched.stdout.take().unwrap()).lines();
+    for _ in 0..3 {
+        let status: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        assert_eq!(status["phase"], "running");
+    }
+    // `reknit watch | head -1`
+    let mut first = String::new();
+    BufReader::new(short.stdout.take().unwrap()).read_line(&mut first).unwrap();
+    let ended =
+        eventually("a watch without a reader to end", || short.try_wait().unwrap().ok_or(String::new()));
+    assert!(ended.success(), "a reader that has gone away is no error");
+
+    coordinator.kill();
+    for line in lines {
+        line.unwrap();
+    }
+    assert_eq!(watched.wait().unwrap().code(), Some(3), "it says that the coordinator is gone");
+}
+
+#[test]
+fn data_that_cannot_be_written_is_an_error() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let ran = Command::new(programs().join("reknit"))
+        .args(["serve", "--print-config"])
+        .stdout(full)
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(ran.status.code(), Some(1));
+    assert!(has_hint(&String::from_utf8_lossy(&ran.stderr)), "{ran:?}");
+}
+
+#[test]
+fn a_log_that_nobody_reads_any_more_ends_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Command::new(programs().join("reknit"))
+        .args(["serve", "--announce", "--listen", "127.0.0.1:0", "--store", "memory"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut address = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut address).unwrap();
+    // `reknit serve 2>&1 | tee log`, and tee is gone.
+    drop(server.stderr.take());
+    let url = format!("http://{}", address.trim());
+    let worker = |name: &str| {
+        Command::new(programs().join("reknit-digits"))
+            .args(["--coordinator", &url, "--job", "job", "--name", name, "--steps", "40", "--step-ms", "20"])
+            .current_dir(dir.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    // Every join, world and loss is a line that cannot be written.
+    let mut workers = [worker("a"), worker("b")];
+    for worker in &mut workers {
+        let ended = eventually("a worker to end", || worker.try_wait().unwrap().ok_or(String::new()));
+        assert!(ended.success());
+    }
+    let status = reknit(&["status", "job", "--coordinator", &url]);
+    assert!(status.stdout.contains("completed at step 40"), "{status:?}");
+    server.kill().unwrap();
+    server.wait().unwrap();
 }

@@ -19,7 +19,6 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::failure::Failure;
-use crate::print;
 use crate::processes::{Process, log_file};
 
 /// The parts there are.
@@ -225,7 +224,7 @@ pub(super) fn setup<O: DeserializeOwned>() -> Result<O> {
 pub(super) fn say(what: &impl Serialize) -> Result<()> {
     let mut line = serde_json::to_vec(what)?;
     line.push(b'\n');
-    let mut out = print::stdout().lock();
+    let mut out = std::io::stdout().lock();
     out.write_all(&line)?;
     out.flush()?;
     Ok(())

@@ -27,7 +27,7 @@ pub(crate) fn phase(phase: PhaseName) -> &'static str {
 
 fn wire_phase(phase: v1::Phase) -> &'static str {
     match phase {
-        v1::Phase::Unspecified => "unknown",
+        v1::Phase::Unspecified => "no answer",
         v1::Phase::Forming => "forming",
         v1::Phase::Establishing => "establishing",
         v1::Phase::Restoring => "restoring",
@@ -114,12 +114,7 @@ pub(super) fn clear_screen() {
 pub(super) fn status(status: &Status, members_total: u32) {
     let spec = status.spec;
     let unit = if spec.unit > 1 { format!(", a multiple of {}", spec.unit) } else { String::new() };
-    let closure = match status.phase {
-        PhaseName::Closed(closure) => format!(": {closure}"),
-        PhaseName::Forming | PhaseName::Establishing | PhaseName::Restoring | PhaseName::Running => {
-            String::new()
-        }
-    };
+    let closure = closure_text(status.phase).map(|text| format!(": {text}")).unwrap_or_default();
     print::data(format_args!("job         {}", status.job));
     print::data(format_args!("phase       {}{closure}", phase(status.phase)));
     print::data(format_args!("waits for   {}", waiting_text(status)));
@@ -168,6 +163,14 @@ fn member_row(member: &MemberStatus) -> Vec<String> {
     ]
 }
 
+/// How a job that is over ended.
+fn closure_text(phase: PhaseName) -> Option<String> {
+    match phase {
+        PhaseName::Closed(closure) => Some(closure.to_string()),
+        PhaseName::Forming | PhaseName::Establishing | PhaseName::Restoring | PhaseName::Running => None,
+    }
+}
+
 pub(super) fn status_json(status: &Status, members_total: u32) -> Value {
     let members: Vec<Value> = status
         .members
@@ -189,6 +192,7 @@ pub(super) fn status_json(status: &Status, members_total: u32) -> Value {
     json!({
         "job": status.job.as_str(),
         "phase": phase(status.phase),
+        "closure": closure_text(status.phase),
         "waiting": waiting_json(status),
         "generation": status.generation.0,
         "ranks": status.size.0,

@@ -1,13 +1,16 @@
 //! A store in one file (redb), for one coordinator with no other service.
 //!
 //! One thread writes. It takes all saves that have come in while the last commit was on its way to the disk and commits
-//! them together: many jobs that change at once share one `fsync`.
+//! them together: many jobs that change at once share one `fsync`. After a write that failed (a full disk, say) nobody
+//! knows what of it is in the file, so the file is opened anew, which also brings it in order, before the next one.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, PoisonError, RwLock, mpsc};
 use std::thread::JoinHandle;
 
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition};
+use redb::{
+    Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
+};
 use reknit_membership::JobId;
 use tokio::sync::oneshot;
 
@@ -25,6 +28,9 @@ const LAYOUT_VERSION: u64 = 1;
 
 /// The most writes that share one commit.
 const BATCH_MAX: usize = 256;
+
+/// How many writes may wait for the disk. A job has one at a time, so this is more than there are jobs.
+const WAITING_MAX: usize = 4096;
 
 /// The file's name within its directory.
 const FILE_NAME: &str = "reknit.redb";
@@ -68,10 +74,41 @@ pub enum OpenError {
 /// Keeps records in one file.
 #[derive(Debug)]
 pub struct Embedded {
-    file: PathBuf,
-    database: Arc<Database>,
+    open: Arc<Open>,
     writes: Option<mpsc::SyncSender<Write>>,
     writer: Option<JoinHandle<()>>,
+}
+
+/// The file, and what is open of it: nothing after a failed write, until it can be opened anew.
+#[derive(Debug)]
+struct Open {
+    file: PathBuf,
+    database: RwLock<Option<Arc<Database>>>,
+}
+
+impl Open {
+    fn database(&self) -> Result<Arc<Database>, StoreError> {
+        let database = self.database.read().unwrap_or_else(PoisonError::into_inner).clone();
+        database.ok_or_else(|| StoreError::Unavailable("a write has failed; it is being opened anew".into()))
+    }
+
+    fn set(&self, database: Option<Database>) {
+        *self.database.write().unwrap_or_else(PoisonError::into_inner) = database.map(Arc::new);
+    }
+
+    /// For the writer: what is open, or else opened now.
+    fn reopened(&self) -> Result<Arc<Database>, Boxed> {
+        if self.database().is_err() {
+            self.set(Some(open_file(&self.file)?));
+            tracing::info!(file = %self.file.display(), "the store is open again");
+        }
+        Ok(self.database()?)
+    }
+}
+
+/// Opens the file, and finds what is damaged in it rather than stumble over that later.
+fn open_file(file: &Path) -> Result<Database, DatabaseError> {
+    Builder::new().set_check_integrity_on_open(true).create(file)
 }
 
 #[derive(Debug)]
@@ -97,7 +134,7 @@ impl Embedded {
         let unusable = |source| OpenError::Directory { dir: dir.to_owned(), source };
         std::fs::create_dir_all(dir).map_err(unusable)?;
         let file = dir.join(FILE_NAME);
-        let database = Database::create(&file).map_err(|why| match why {
+        let database = open_file(&file).map_err(|why| match why {
             DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { file: file.clone() },
             DatabaseError::Storage(StorageError::Io(source))
                 if source.kind() != std::io::ErrorKind::InvalidData =>
@@ -111,29 +148,32 @@ impl Embedded {
         if layout != LAYOUT_VERSION {
             return Err(OpenError::Newer { file, found: layout });
         }
-        let database = Arc::new(database);
-        let (writes, queue) = mpsc::sync_channel::<Write>(BATCH_MAX);
+        let open = Arc::new(Open { file, database: RwLock::new(Some(Arc::new(database))) });
+        let (writes, queue) = mpsc::sync_channel::<Write>(WAITING_MAX);
         let writer = std::thread::Builder::new()
             .name("reknit-store".to_owned())
             .spawn({
-                let database = Arc::clone(&database);
-                move || write_all(&database, &queue)
+                let open = Arc::clone(&open);
+                move || write_all(&open, &queue)
             })
             .map_err(unusable)?;
-        Ok(Embedded { file, database, writes: Some(writes), writer: Some(writer) })
+        Ok(Embedded { open, writes: Some(writes), writer: Some(writer) })
     }
 
     fn write(&self, job: &JobId, expected: Revision, change: Change) -> Pending<'_, Revision> {
         let (answer, answered) = oneshot::channel();
         let write = Write { job: job.clone(), expected, change, answer };
-        let sent = self.writes.as_ref().is_some_and(|writes| writes.try_send(write).is_ok());
+        let sent = match self.writes.as_ref().map(|writes| writes.try_send(write)) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(mpsc::TrySendError::Full(_))) => Err("too many writes are waiting for the disk"),
+            Some(Err(mpsc::TrySendError::Disconnected(_))) | None => Err("the store's writer has ended"),
+        };
         Box::pin(async move {
-            if !sent {
-                return Err(StoreError::Unavailable("too many writes are waiting for the disk".into()));
+            let ended = "the store's writer has ended";
+            match sent {
+                Ok(()) => answered.await.unwrap_or_else(|_| Err(StoreError::Unavailable(ended.into()))),
+                Err(why) => Err(StoreError::Unavailable(why.into())),
             }
-            answered
-                .await
-                .unwrap_or_else(|_| Err(StoreError::Unavailable("the store's writer has ended".into())))
         })
     }
 }
@@ -170,11 +210,11 @@ fn prepare(database: &Database) -> Result<u64, Boxed> {
 }
 
 /// The writer's life: one commit after another, each with all that has come in.
-fn write_all(database: &Database, queue: &mpsc::Receiver<Write>) {
+fn write_all(open: &Open, queue: &mpsc::Receiver<Write>) {
     while let Ok(first) = queue.recv() {
         let mut batch = vec![first];
         batch.extend(queue.try_iter().take(BATCH_MAX - 1));
-        match commit(database, &batch) {
+        match open.reopened().and_then(|database| commit(&database, &batch)) {
             Ok(results) => {
                 for (write, result) in batch.into_iter().zip(results) {
                     // Whoever asked may be gone; the write stands.
@@ -184,6 +224,7 @@ fn write_all(database: &Database, queue: &mpsc::Receiver<Write>) {
             Err(why) => {
                 let text = why.to_string();
                 tracing::error!(error = %text, "the store could not be written");
+                open.set(None);
                 for write in batch {
                     let _ = write.answer.send(Err(StoreError::Unavailable(text.clone().into())));
                 }
@@ -225,25 +266,29 @@ fn commit(database: &Database, batch: &[Write]) -> Result<Vec<Result<Revision, S
     Ok(results)
 }
 
-fn corrupt(why: impl std::error::Error + Send + Sync + 'static) -> StoreError {
-    StoreError::Corrupt(Box::new(why))
+/// Only what is damaged for sure is said to be: anything else may pass.
+fn unread(why: impl Into<redb::Error>) -> StoreError {
+    match why.into() {
+        why @ redb::Error::Corrupted(_) => StoreError::Corrupt(Box::new(why)),
+        why => StoreError::Unavailable(Box::new(why)),
+    }
 }
 
 fn list(database: &Database) -> Result<Vec<JobId>, StoreError> {
-    let txn = database.begin_read().map_err(corrupt)?;
-    let table = txn.open_table(JOBS).map_err(corrupt)?;
+    let txn = database.begin_read().map_err(unread)?;
+    let table = txn.open_table(JOBS).map_err(unread)?;
     let mut jobs = Vec::new();
-    for entry in table.iter().map_err(corrupt)? {
-        let (key, _) = entry.map_err(corrupt)?;
-        jobs.push(JobId::new(key.value()).map_err(corrupt)?);
+    for entry in table.iter().map_err(unread)? {
+        let (key, _) = entry.map_err(unread)?;
+        jobs.push(JobId::new(key.value()).map_err(|why| StoreError::Corrupt(Box::new(why)))?);
     }
     Ok(jobs)
 }
 
 fn read(database: &Database, job: &JobId) -> Result<Option<Saved>, StoreError> {
-    let txn = database.begin_read().map_err(corrupt)?;
-    let table = txn.open_table(JOBS).map_err(corrupt)?;
-    let value = table.get(job.as_str()).map_err(corrupt)?;
+    let txn = database.begin_read().map_err(unread)?;
+    let table = txn.open_table(JOBS).map_err(unread)?;
+    let value = table.get(job.as_str()).map_err(unread)?;
     Ok(value.map(|value| {
         let (revision, bytes) = value.value();
         Saved { revision: Revision(revision), value: bytes.to_vec() }
@@ -252,15 +297,15 @@ fn read(database: &Database, job: &JobId) -> Result<Option<Saved>, StoreError> {
 
 impl Store for Embedded {
     fn describe(&self) -> String {
-        format!("embedded, {}", self.file.display())
+        format!("embedded, {}", self.open.file.display())
     }
 
     fn jobs(&self) -> Pending<'_, Vec<JobId>> {
-        Box::pin(std::future::ready(list(&self.database)))
+        Box::pin(std::future::ready(self.open.database().and_then(|database| list(&database))))
     }
 
     fn load(&self, job: &JobId) -> Pending<'_, Option<Saved>> {
-        Box::pin(std::future::ready(read(&self.database, job)))
+        Box::pin(std::future::ready(self.open.database().and_then(|database| read(&database, job))))
     }
 
     fn save(&self, job: &JobId, expected: Revision, value: Vec<u8>) -> Pending<'_, Revision> {
