@@ -296,7 +296,10 @@ pub fn told(wire: v1::CoordinatorMessage) -> Checked<Told> {
                 .fetch
                 .into_iter()
                 .map(|f| {
-                    let from = f.from.into_iter().map(words::peer).collect::<Checked<_>>()?;
+                    let from: Vec<_> = f.from.into_iter().map(words::peer).collect::<Checked<_>>()?;
+                    if from.is_empty() {
+                        return wrong("fetch.from", "names nobody");
+                    }
                     Ok(Fetch { shards: f.shards, from })
                 })
                 .collect::<Checked<_>>()?,
@@ -317,6 +320,9 @@ pub fn told(wire: v1::CoordinatorMessage) -> Checked<Told> {
         Body::Serve(m) => {
             secret = Some(secret_bytes(&m.secret)?);
             Message::Serve { generation: Generation(m.generation) }
+        }
+        Body::SaveGivenUp(m) => {
+            Message::SaveGivenUp { generation: Generation(m.generation), step: Step(m.step) }
         }
         Body::SaveNow(m) => Message::SaveNow { generation: Generation(m.generation) },
         Body::Publish(m) => Message::Publish {
@@ -387,6 +393,9 @@ pub fn to_member(
         Message::Draining { left } => Body::Draining(v1::Draining { left_us: left.map(micros) }),
         Message::Serve { generation } => {
             Body::Serve(v1::Serve { generation: generation.0, secret: secret(*generation).to_vec() })
+        }
+        Message::SaveGivenUp { generation, step } => {
+            Body::SaveGivenUp(v1::SaveGivenUp { generation: generation.0, step: step.0 })
         }
         Message::SaveNow { generation } => Body::SaveNow(v1::SaveNow { generation: generation.0 }),
         Message::Publish { generation, step, shards } => Body::Publish(v1::Publish {

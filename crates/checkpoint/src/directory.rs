@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use reknit_membership::{Digest, Generation, Step};
+use reknit_membership::{Digest, Generation, Rank, Step, WorldSize};
 
 use crate::digest::digest;
 use crate::files::FileError;
@@ -138,6 +138,34 @@ pub fn retain(dir: &Path, keep: &[CommitRef]) -> Result<Retained, FileError> {
         }
     }
     Ok(retained)
+}
+
+/// Removes from the job's directory `dir` what one rank has written of a checkpoint that will never be whole, and the
+/// checkpoint's directory with the last rank's part. What is not there is gone already.
+///
+/// Only the rank that wrote the part may call this, and only once it is certain that nobody commits the checkpoint.
+///
+/// # Errors
+/// If it is there and cannot be removed; [`retain`] will try again.
+pub fn remove_part(
+    dir: &Path,
+    step: Step,
+    generation: Generation,
+    rank: Rank,
+    world_size: WorldSize,
+) -> Result<(), FileError> {
+    let place = dir.join(names::checkpoint(step, generation));
+    let part = place.join(names::shard(rank, world_size));
+    match fs::remove_file(&part) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(FileError::new("remove", &part, e)),
+        _ => {}
+    }
+    match fs::remove_dir(&place) {
+        Err(e) if !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+            Err(FileError::new("remove", &place, e))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Retained {

@@ -119,6 +119,26 @@ pub(crate) fn create_dirs(files: &dyn Files, dir: &Path) -> Result<(), FileError
     files.sync_dir(above).map_err(|e| FileError::new("sync", above, e))
 }
 
+/// Makes the directory `dir`, and those above it as need be, so that it survives a crash, and tries whether files can be
+/// made in it.
+///
+/// # Errors
+/// If it cannot be made, or not be written to.
+pub fn prepare_dir(dir: &Path) -> Result<(), FileError> {
+    prepare_dir_with(&RealFiles { direct: true }, dir)
+}
+
+pub(crate) fn prepare_dir_with(files: &dyn Files, dir: &Path) -> Result<(), FileError> {
+    create_dirs(files, dir)?;
+    let probe = dir.join(names::probe());
+    drop(files.create(&probe).map_err(|e| FileError::new("create", &probe, e))?);
+    match files.remove(&probe) {
+        // Somebody who cleans up was faster.
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(FileError::new("remove", &probe, e)),
+        _ => Ok(()),
+    }
+}
+
 /// Gives `dir` a file `name` that holds `image`, at once and for good, or leaves nothing of it behind: when this
 /// returns without an error, the file survives a crash. `go_on` is asked before each write whether to give up.
 ///

@@ -35,7 +35,7 @@
 //! | K-7 | No byte reaches a state before its chunk is verified; any changed bit of any file is an error that names the file. |
 //! | K-8 | A state saved by any number of ranks loads into any number, whole or by ranges, bit for bit. |
 //! | K-9 | A manifest lists one report of each rank, all of the same state. |
-//! | K-10 | What is newer than the newest kept checkpoint is not removed, nor what is not ours. |
+//! | K-10 | What is newer than the newest kept checkpoint is not removed, but by the rank that wrote it and knows it given up; what is not ours never is. |
 //! | K-11 | What is read is not trusted: sizes and counts have limits, and no content of a file makes the reader panic. |
 //! | K-12 | A state is copied before `begin` returns: what the program changes later is not in the checkpoint. |
 //! | K-13 | Equal states have equal digests on every machine and in every version; unequal ones do not. |
@@ -87,9 +87,9 @@ mod faults;
 extern crate self as reknit_checkpoint;
 
 pub use digest::{Digester, digest};
-pub use directory::{Condition, Listed, Retained, list, retain};
+pub use directory::{Condition, Listed, Retained, list, remove_part, retain};
 pub use dtype::{Dtype, TensorSpec};
-pub use files::FileError;
+pub use files::{FileError, prepare_dir};
 pub use fingerprint::{Fingerprint, state_digest};
 pub use layout::{ByteRange, Layout, LayoutError, Piece};
 pub use load::{LoadError, LoadReport, Part, ShapeDifference, load_into, open};

@@ -269,6 +269,12 @@ pub enum PublishError {
         /// The length found, in bytes.
         found: u64,
     },
+    /// The manifest is larger than what is read back.
+    #[error("a manifest of {bytes} bytes is too large: no more than {MANIFEST_BYTES_MAX} are read back")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+    },
     /// The manifest's file could not be written.
     #[error(transparent)]
     File(#[from] FileError),
@@ -280,6 +286,7 @@ impl PublishError {
         match self {
             PublishError::ShardMissing { .. } => "all ranks must write to one directory that they share",
             PublishError::ShardLength { .. } => "does the shared file system show fresh files late?",
+            PublishError::TooLarge { .. } => "keep fewer tensors, or less in the structured values",
             PublishError::File(error) => error.hint(),
         }
     }
@@ -311,6 +318,9 @@ pub(crate) fn publish_manifest_with(
         }
     }
     let bytes = manifest.to_bytes();
+    if bytes.len() as u64 > MANIFEST_BYTES_MAX {
+        return Err(PublishError::TooLarge { bytes: bytes.len() });
+    }
     publish(files, &place, names::MANIFEST, &bytes, || Ok::<(), PublishError>(()))?;
     Ok(crate::digest::digest(&bytes))
 }

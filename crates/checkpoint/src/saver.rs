@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use reknit_membership::{Digest, Generation, JobId, Lineage, Rank, Step, WorldSize};
 
 use crate::digest::{digest, fold_file};
-use crate::files::{FileError, Files, RealFiles, create_dirs, publish};
+use crate::files::{FileError, Files, RealFiles, prepare_dir_with, publish};
 use crate::fingerprint::{Fingerprint, scan};
 use crate::header::header;
 use crate::layout::Layout;
@@ -197,16 +197,7 @@ impl Saver {
     /// If the directory cannot be made or written to.
     pub fn new(dir: PathBuf, layout: Layout, options: SaverOptions) -> Result<Saver, SaveError> {
         let files = RealFiles { direct: options.direct_io };
-        create_dirs(&files, &dir)?;
-        let probe = dir.join(names::probe());
-        drop(files.create(&probe).map_err(|e| FileError::new("create", &probe, e))?);
-        match files.remove(&probe) {
-            // Somebody who cleans up was faster.
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(FileError::new("remove", &probe, e).into());
-            }
-            _ => {}
-        }
+        prepare_dir_with(&files, &dir)?;
         Saver::with_files(Box::new(files), dir, layout, options.notify)
     }
 

@@ -20,6 +20,8 @@ impl ControlWord {
     pub const FAILED: ControlWord = ControlWord(1 << 1);
     /// Somebody was asked to save a checkpoint at the next step boundary.
     pub const SAVE_REQUESTED: ControlWord = ControlWord(1 << 2);
+    /// Somebody is still busy with the checkpoint before, so that none is to be begun at the next step boundary.
+    pub const SAVE_BUSY: ControlWord = ControlWord(1 << 3);
 
     /// Whether every flag of `flags` is in this word.
     pub fn contains(self, flags: ControlWord) -> bool {

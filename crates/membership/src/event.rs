@@ -290,6 +290,13 @@ pub enum Message {
         /// The world.
         generation: Generation,
     },
+    /// A checkpoint that this member has written its part of will never be whole: the part is of no use.
+    SaveGivenUp {
+        /// The world that made it.
+        generation: Generation,
+        /// The step it is of.
+        step: Step,
+    },
     /// Make a checkpoint at the next step boundary.
     SaveNow {
         /// The world.
@@ -328,6 +335,7 @@ impl Message {
             | Message::Boundary { .. }
             | Message::Draining { .. }
             | Message::Serve { .. }
+            | Message::SaveGivenUp { .. }
             | Message::SaveNow { .. }
             | Message::Publish { .. }
             | Message::Committed { .. } => false,

@@ -32,7 +32,7 @@ use establishing::Establishing;
 use forming::Forming;
 use restoring::Restoring;
 use running::Running;
-use saving::Saving;
+use saving::Savings;
 
 /// One job: what is saved of it, and what its present coordinator knows beyond that.
 ///
@@ -51,7 +51,7 @@ pub struct Job {
     /// Ranks that all members bring together: an upper bound that costs no pass over them.
     slots_total: u32,
     pub(crate) phase: Phase,
-    pub(crate) saving: Option<Saving>,
+    pub(crate) savings: Savings,
     /// No lease runs out before this instant; leases are looked through only then.
     lease_scan: Timestamp,
     /// Until then a member that has not come back yet may still do so.
@@ -201,7 +201,7 @@ impl Job {
             adrift: members.keys().copied().collect(),
             members,
             phase,
-            saving: None,
+            savings: Savings::default(),
             roster: record.world.as_ref().map(World::roster).unwrap_or_default(),
             rested: BTreeMap::new(),
             unheard: BTreeMap::new(),
@@ -358,7 +358,7 @@ impl Job {
         self.adrift.clear();
         self.rested.clear();
         self.unheard.clear();
-        self.saving = None;
+        self.savings = Savings::default();
         self.phase = Phase::Closed(closure);
     }
 }

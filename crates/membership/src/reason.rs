@@ -179,7 +179,7 @@ pub enum Refusal {
         /// Its own.
         theirs: Shape,
     },
-    /// Its batch, data set or seed differ from the job's.
+    /// Its batch, data set, seed, number of steps or checkpoint interval differ from the job's.
     OtherRecipe,
     /// It was a member of a job of that name in another store.
     OtherHistory {
@@ -354,7 +354,8 @@ impl fmt::Display for Refusal {
                 ours.count, ours.bytes, theirs.count, theirs.bytes
             ),
             Refusal::OtherRecipe => {
-                write!(f, "this worker's batch, data set length or seed differ from the job's")
+                let what = "this worker's global batch, data set length, seed, number of steps or checkpoint interval";
+                write!(f, "{what} differ from the job's; start all workers with the same options")
             }
             Refusal::OtherHistory { ours, theirs } => write!(
                 f,

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use reknit_checkpoint::SaveError;
+use reknit_checkpoint::FileError;
 use reknit_checkpoint::layout::LayoutError;
 use reknit_checkpoint::values::ValuesError;
 use reknit_collectives::ListenError;
@@ -33,17 +33,14 @@ pub enum TrainError {
         /// Why not.
         source: ListenError,
     },
-    /// The directory of checkpoints cannot be made.
-    #[error("the directory {} of checkpoints cannot be made", dir.display())]
+    /// Checkpoints cannot be written where they should.
+    #[error("checkpoints cannot be written to {}", dir.display())]
     CheckpointsDir {
         /// The directory.
         dir: PathBuf,
         /// Why not.
-        source: std::io::Error,
+        source: FileError,
     },
-    /// Checkpoints cannot be written where they should.
-    #[error("checkpoints cannot be written")]
-    Checkpoints(#[source] SaveError),
     /// No coordinator can be reached, and there is nothing to do without one.
     #[error("no coordinator at {coordinators} for {waited:?} ({last}); is `reknit serve` running there?")]
     Unreachable {

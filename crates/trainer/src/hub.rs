@@ -43,6 +43,8 @@ pub(crate) enum ToSaves {
     Publish { generation: Generation, step: Step, shards: Vec<ShardReport> },
     /// These checkpoints are committed.
     Committed { kept: Vec<Commit> },
+    /// This checkpoint will never be whole: this member's part of it is of no use.
+    GivenUp { generation: Generation, step: Step },
     /// The program is done.
     End,
 }
@@ -156,6 +158,9 @@ impl Hub {
             Output::Wake => self.tell_program(ToProgram::Wake),
             Output::Publish { generation, step, shards } => {
                 self.tell_saves(ToSaves::Publish { generation, step, shards });
+            }
+            Output::SaveGivenUp { generation, step } => {
+                self.tell_saves(ToSaves::GivenUp { generation, step });
             }
             Output::Notice { left } => self.notice_arrived(left),
             Output::Committed { kept } => self.tell_saves(ToSaves::Committed { kept }),

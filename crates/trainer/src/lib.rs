@@ -55,7 +55,7 @@
 //!         for (weight, gradient) in state.f32_mut("slope and intercept").iter_mut().zip(gradient) {
 //!             *weight -= 0.5 * gradient;
 //!         }
-//!         let _ = step.commit(&state);
+//!         step.commit(&state);
 //!     }
 //!     let [slope, intercept] = *state.f32("slope and intercept") else { unreachable!() };
 //!     println!("y = {slope:.3} x + {intercept:.3}");
@@ -73,6 +73,7 @@
 //! | T-4 | No call waits longer than the program allowed in its [`Options`], or than the coordinator's own limits. |
 //! | T-5 | A state is never half of one step and half of another: a restore that was broken off is done again, whole. |
 //! | T-6 | Nothing is sent to the coordinator per step. |
+//! | T-7 | A checkpoint that cannot be written costs no step and leaves nothing behind; the last step's is made if it can be. |
 //!
 //! # Reading order
 //! [`options`] what a program says · [`trainer`] joining, and the next step · [`step`] one step · [`order`] which samples

@@ -94,6 +94,9 @@ impl<'a> Transfer<'a> {
     fn patiently(&mut self, mut act: impl FnMut(&mut TcpStream) -> io::Result<usize>) -> io::Result<usize> {
         let began = Instant::now();
         loop {
+            if self.abort.is_aborted() {
+                return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the world is over"));
+            }
             match act(&mut self.stream) {
                 Err(why)
                     if matches!(
@@ -101,9 +104,6 @@ impl<'a> Transfer<'a> {
                         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
                     ) => {}
                 moved => return moved,
-            }
-            if self.abort.is_aborted() {
-                return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the world is over"));
             }
             if began.elapsed() > STALL {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "no byte moved for too long"));

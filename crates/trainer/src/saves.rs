@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use reknit_checkpoint::manifest::{Manifest, ManifestMeta, PublishError, publish_manifest};
 use reknit_checkpoint::{
     CommitRef, Layout, SaveError, SaveMeta, Saved, Saver, SaverOptions, ShardReport as PartReport, Stall,
-    State, retain,
+    State, remove_part, retain,
 };
 use reknit_membership::holding::ShardReport;
 use reknit_membership::record::Commit;
@@ -26,14 +26,10 @@ const WRITTEN_MAX: usize = 4;
 /// The program's end: begins saves.
 pub(crate) struct Saves {
     saver: Arc<Mutex<Saver>>,
-    /// Where they go.
-    pub(crate) dir: PathBuf,
-    /// After how many steps.
-    pub(crate) every: u64,
 }
 
 /// The thread's end.
-pub(crate) struct SavesThread {
+struct SavesThread {
     saver: Arc<Mutex<Saver>>,
     dir: PathBuf,
     job: JobId,
@@ -48,23 +44,30 @@ pub(crate) fn directory(parent: &Path, job: &JobId, history: HistoryId) -> PathB
 }
 
 impl Saves {
-    /// Both ends. The thread listens to what is sent to `inbox`.
-    pub(crate) fn new(
+    /// The program's end; the thread is started, and listens to what is sent to `inbox`. That is taken only if the
+    /// directory can be used.
+    pub(crate) fn start(
+        hub: &Arc<Hub>,
         dir: PathBuf,
-        every: u64,
         job: JobId,
         layout: Layout,
-        sender: mpsc::Sender<ToSaves>,
-        inbox: mpsc::Receiver<ToSaves>,
-    ) -> Result<(Saves, SavesThread), SaveError> {
-        let notify = Box::new(move || {
-            // When the thread is gone, so is the program.
-            let _ = sender.send(ToSaves::Written);
+        inbox: &mut Option<mpsc::Receiver<ToSaves>>,
+    ) -> Result<Saves, SaveError> {
+        let weak = Arc::downgrade(hub);
+        let notify = Box::new({
+            let weak = weak.clone();
+            // When the hub is gone, so is the program.
+            move || weak.upgrade().into_iter().for_each(|hub| hub.tell_saves(ToSaves::Written))
         });
         let options = SaverOptions { notify: Some(notify), ..SaverOptions::default() };
         let saver = Arc::new(Mutex::new(Saver::new(dir.clone(), layout.clone(), options)?));
-        let thread = SavesThread { saver: Arc::clone(&saver), dir: dir.clone(), job, layout, inbox };
-        Ok((Saves { saver, dir, every }, thread))
+        let inbox = inbox.take().ok_or(SaveError::WriterGone)?;
+        let thread = SavesThread { saver: Arc::clone(&saver), dir, job, layout, inbox };
+        std::thread::Builder::new()
+            .name("reknit-saves".to_owned())
+            .spawn(move || thread.run(&weak))
+            .map_err(SaveError::NoWriter)?;
+        Ok(Saves { saver })
     }
 
     /// Gets the memory for this rank's part, so that the first save need not.
@@ -80,7 +83,7 @@ impl Saves {
 
 impl SavesThread {
     /// Its life, which ends with the program's.
-    pub(crate) fn run(self, hub: &std::sync::Weak<Hub>) {
+    fn run(self, hub: &Weak<Hub>) {
         let mut written: BTreeMap<(Generation, Step), Saved> = BTreeMap::new();
         while let Ok(work) = self.inbox.recv() {
             let Some(hub) = hub.upgrade() else { return };
@@ -93,9 +96,14 @@ impl SavesThread {
                         None => {}
                     }
                 }
-                ToSaves::Publish { generation, step, shards } => {
-                    if let Some(saved) = written.get(&(generation, step)) {
-                        self.publish(&hub, saved, &shards);
+                ToSaves::Publish { generation, step, shards } => match written.get(&(generation, step)) {
+                    Some(saved) => self.publish(&hub, saved, &shards),
+                    // What is needed for it is not kept any more: nobody must wait for it.
+                    None => hub.bring(|session| session.save_failed(generation, step)),
+                },
+                ToSaves::GivenUp { generation, step } => {
+                    if let Some(saved) = written.remove(&(generation, step)) {
+                        self.delete_part(&saved.meta);
                     }
                 }
                 ToSaves::Committed { kept } => {
@@ -146,8 +154,9 @@ impl SavesThread {
         let manifest =
             Manifest::assemble(meta, &self.layout, &saved.fingerprint, saved.values.clone(), &reports);
         let published = match manifest {
-            Ok(manifest) => publish_when_visible(&self.dir, &manifest).map_err(|why| why.to_string()),
-            Err(why) => Err(why.to_string()),
+            Ok(manifest) => publish_when_visible(&self.dir, &manifest)
+                .map_err(|why| format!("{}; {}", explained(&why), why.hint())),
+            Err(why) => Err(explained(&why)),
         };
         match published {
             Ok(digest) => hub.bring(|session| session.manifest_written(generation, step, digest)),
@@ -155,6 +164,17 @@ impl SavesThread {
                 tracing::warn!(%step, error = %why, "the checkpoint's manifest could not be written");
                 hub.bring(|session| session.save_failed(generation, step));
             }
+        }
+    }
+
+    fn delete_part(&self, meta: &SaveMeta) {
+        let removed = remove_part(&self.dir, meta.step, meta.generation, meta.rank, meta.world_size);
+        if let Err(why) = removed {
+            tracing::warn!(
+                error = explained(&why),
+                hint = why.hint(),
+                "a part that is of no use stays on the disk"
+            );
         }
     }
 
@@ -174,10 +194,20 @@ impl SavesThread {
         match retain(&self.dir, &kept) {
             Ok(retained) => {
                 for why in retained.failed {
-                    tracing::warn!(error = %why, "an old checkpoint could not be deleted; trying again next time");
+                    tracing::warn!(
+                        error = explained(&why),
+                        hint = why.hint(),
+                        "an old checkpoint could not be deleted; trying again next time"
+                    );
                 }
             }
-            Err(why) => tracing::warn!(error = %why, "old checkpoints could not be looked for"),
+            Err(why) => {
+                tracing::warn!(
+                    error = explained(&why),
+                    hint = why.hint(),
+                    "old checkpoints could not be looked for"
+                );
+            }
         }
     }
 }
@@ -197,8 +227,18 @@ fn publish_when_visible(dir: &Path, manifest: &Manifest) -> Result<Digest, Publi
     }
 }
 
+/// An error and what is behind it.
+pub(crate) fn explained(why: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(why.source(), |cause| cause.source());
+    causes.fold(why.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
 fn part_failed(hub: &Arc<Hub>, why: &SaveError) {
-    tracing::warn!(error = %why, hint = why.hint(), "this rank's part of a checkpoint could not be written");
+    tracing::warn!(
+        error = explained(why),
+        hint = why.hint(),
+        "this rank's part of a checkpoint could not be written"
+    );
     // Which one it was does not matter: there is at most one that waits for this rank.
     hub.bring(|session| session.own_save_failed());
 }

@@ -95,6 +95,8 @@ pub struct Session {
     writing: Option<(Generation, Step)>,
     /// Parts of checkpoints that wait to be committed, by world and step.
     saves: BTreeMap<(Generation, Step), Vec<Event>>,
+    /// The newest checkpoint that was committed, as far as it was told since its world began.
+    committed: Option<Step>,
     notice: Option<Timestamp>,
     end: Option<End>,
 }
@@ -118,6 +120,7 @@ impl Session {
             step: Step(0),
             writing: None,
             saves: BTreeMap::new(),
+            committed: None,
             notice: None,
             end: None,
         }
@@ -264,6 +267,7 @@ impl Session {
             }),
             Message::Draining { left } => vec![Output::Notice { left }],
             Message::Serve { generation } => self.is_to_serve(generation, told.secret.unwrap_or_default()),
+            Message::SaveGivenUp { generation, step } => self.save_given_up(generation, step),
             Message::SaveNow { generation } => self.with_world(generation, |world| {
                 world.save_requested = true;
                 Vec::new()
@@ -274,6 +278,7 @@ impl Session {
             Message::Committed { kept } => {
                 let newest = kept.last().map(|commit| commit.step).unwrap_or_default();
                 self.saves.retain(|(_, step), _| *step > newest);
+                self.committed = Some(newest);
                 vec![Output::Committed { kept }]
             }
             Message::Released => self.finish(End::Released),
@@ -383,6 +388,7 @@ impl Session {
         let mut out = self.drop_worlds();
         out.push(Output::Form { place: place.clone(), secret });
         self.placed = true;
+        self.committed = None;
         self.world = Some(World {
             place,
             formed: false,

@@ -1,6 +1,6 @@
 //! One step of training.
 
-use reknit_checkpoint::{SaveMeta, Stall, State};
+use reknit_checkpoint::{Stall, State};
 use reknit_collectives::{BreakReason, Broken, ControlWord, Element, Group, ReduceOp};
 use reknit_membership::holding::Resume;
 use reknit_membership::{Generation, Rank, Step as StepNumber, WorldSize};
@@ -158,31 +158,29 @@ impl<'t> Step<'t> {
     /// The step is done: the program's state is now that after it. Ranks agree here whether to stop for a change of the
     /// world, and make a checkpoint if one is due, which is then written in the background.
     ///
-    /// # Errors
-    /// [`Interrupted`] if the step had no collective and the world broke: only then has the step still to be agreed on.
-    pub fn commit(mut self, state: &dyn State) -> Result<Committed, Interrupted> {
+    /// The state may change only after the step's last collective has succeeded; from then on the step must be committed.
+    pub fn commit(mut self, state: &dyn State) -> Committed {
         if self.collectives == 0 {
-            self.collective(|group, word| group.barrier(word))?;
+            // Ranks that have nothing to exchange still stay together. If the world has broken, the step is done
+            // nevertheless: the next one goes on from here.
+            let _ = self.collective(|group, word| group.barrier(word));
         }
         let steps = self.index + 1;
-        let lineage = self.trainer.lineage();
-        let resume = Resume { lineage, step: StepNumber(steps) };
+        let resume = Resume { lineage: self.trainer.lineage(), step: StepNumber(steps) };
         self.trainer.set_held(Held::At(resume));
         self.trainer.hub().bring(|session| session.committed(self.generation, resume.step));
         let asked_for = self.word.contains(ControlWord::SAVE_REQUESTED);
-        let meta = SaveMeta {
-            job: self.trainer.job().clone(),
-            step: resume.step,
-            lineage,
-            generation: self.generation,
-            rank: self.rank,
-            world_size: self.size,
+        let checkpoint = if self.word.contains(ControlWord::SAVE_BUSY) {
+            tracing::debug!(steps, "no checkpoint: a rank is still busy with the one before");
+            None
+        } else {
+            let meta = self.trainer.save_meta(self.generation, self.rank, self.size, resume.step);
+            self.trainer.save_if_due(meta, asked_for, state)
         };
-        let checkpoint = self.trainer.save_if_due(meta, asked_for, state);
         if self.word.contains(ControlWord::BOUNDARY_REQUESTED) && !self.trainer.is_last(steps) {
             let holding = Held::At(resume).holding();
             self.trainer.hub().bring(|session| session.boundary(self.generation, holding));
         }
-        Ok(Committed { steps, checkpoint })
+        Committed { steps, checkpoint }
     }
 }

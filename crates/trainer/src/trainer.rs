@@ -1,16 +1,18 @@
 //! The program's side of the library: joining, and the next step.
 
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use reknit_checkpoint::load::{Part, load_into, open};
-use reknit_checkpoint::{Digester, Layout, SaveMeta, Stall, State, state_digest};
+use reknit_checkpoint::load::{LoadError, Part, load_into, open};
+use reknit_checkpoint::{Digester, Layout, SaveMeta, Stall, State, prepare_dir, state_digest};
 use reknit_collectives::{AbortHandle, BreakReason, Broken, ControlWord, Group, Listener, ListenerOptions};
 use reknit_membership::holding::{Load, Plan, Resume};
 use reknit_membership::spec::{Shape, Sharding};
-use reknit_membership::{Digest, Generation, JobId, Lineage, MemberId, Step as StepNumber};
+use reknit_membership::world::Place;
+use reknit_membership::{Digest, Generation, Lineage, MemberId, Rank, Step as StepNumber, WorldSize};
 
 use crate::error::TrainError;
 use crate::held::Held;
@@ -19,7 +21,7 @@ use crate::link;
 use crate::options::Options;
 use crate::order::DataOrder;
 use crate::restore::{Fetching, RestoreError, fetch, serve};
-use crate::saves::{self, Saves};
+use crate::saves::{self, Saves, explained};
 use crate::session::{Directive, End, Identity, Session};
 use crate::step::Step;
 
@@ -27,6 +29,11 @@ use crate::step::Step;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a finished program waits for its last checkpoint to be committed.
 const LAST_COMMIT: Duration = Duration::from_secs(30);
+
+/// How often it is tried to read a checkpoint from storage that fails …
+const LOAD_TRIES: u32 = 4;
+/// … and how long is waited before the second time; then longer each time.
+const LOAD_AGAIN: Duration = Duration::from_millis(100);
 
 /// One worker of a job.
 pub struct Trainer {
@@ -42,10 +49,12 @@ pub struct Trainer {
     running: Option<Generation>,
     state_replaced: bool,
     saves: Option<Saves>,
-    /// What the thread for checkpoints will be made of.
-    saves_channel: Option<(Sender<ToSaves>, Receiver<ToSaves>)>,
-    /// Since when only the last checkpoint's commit is waited for.
-    last_commit_since: Option<Instant>,
+    /// What the thread for checkpoints will listen to.
+    saves_inbox: Option<Receiver<ToSaves>>,
+    /// The world in which there is nothing left to do but to have the last step committed, and since when.
+    finishing: Option<(Generation, Instant)>,
+    /// The world in which a checkpoint of the last step was begun, or could not be.
+    last_saved_in: Option<Generation>,
     failure: Option<String>,
     end: Option<End>,
 }
@@ -69,12 +78,12 @@ impl Trainer {
     ///
     /// # Errors
     /// [`TrainError`] if the coordinator cannot be reached or refuses, if the data plane cannot listen, if checkpoints
-    /// cannot be written, or if the state makes no sense.
+    /// cannot be written there, or if the state makes no sense.
     pub fn join(options: Options, state: &dyn State) -> Result<Trainer, TrainError> {
         let layout = Layout::new(state.tensors())?;
         if let Some(wish) = &options.checkpoints {
             // Where nothing can be made, it is better said before the job has this worker.
-            std::fs::create_dir_all(&wish.dir)
+            prepare_dir(&wish.dir)
                 .map_err(|source| TrainError::CheckpointsDir { dir: wish.dir.clone(), source })?;
         }
         let fresh = state_digest(state, &layout)?;
@@ -106,8 +115,8 @@ impl Trainer {
         let (to_link, link_inbox) = tokio::sync::mpsc::unbounded_channel();
         let (to_program, inbox) = channel();
         let (to_saves, saves_inbox) = channel();
-        let hub =
-            Hub::new(session, listener, to_link, to_program, to_saves.clone(), options.on_notice.clone());
+        let hub = Hub::new(session, listener, to_link, to_program, to_saves, options.on_notice.clone());
+        let saves_inbox = options.checkpoints.is_some().then_some(saves_inbox);
         let link = {
             let (hub, coordinators, job) =
                 (Arc::clone(&hub), options.coordinators.clone(), options.job.clone());
@@ -126,8 +135,9 @@ impl Trainer {
             running: None,
             state_replaced: false,
             saves: None,
-            saves_channel: Some((to_saves, saves_inbox)),
-            last_commit_since: None,
+            saves_inbox,
+            finishing: None,
+            last_saved_in: None,
             failure: None,
             end: None,
         };
@@ -135,20 +145,28 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Makes the checkpoints' directory ready, once there is a world: only then is it certain which history the job's
-    /// record has, and with it the directory.
-    fn prepare_saves(&mut self) -> Result<(), TrainError> {
-        let Some(wish) = &self.options.checkpoints else { return Ok(()) };
-        let Some((sender, inbox)) = self.saves_channel.take() else { return Ok(()) };
+    /// Where the job's checkpoints lie, if there are any. Certain once there is a world: only then is it certain which
+    /// history the job's record has.
+    fn checkpoints_dir(&self) -> Option<PathBuf> {
+        let wish = self.options.checkpoints.as_ref()?;
         let history = self.hub.look(Session::history).unwrap_or_default();
-        let job = self.options.job.clone();
-        let dir = saves::directory(&wish.dir, &job, history);
-        let (saves, thread) = Saves::new(dir, wish.every, job, self.layout.clone(), sender, inbox)
-            .map_err(TrainError::Checkpoints)?;
-        self.saves = Some(saves);
-        let hub = Arc::downgrade(&self.hub);
-        std::thread::Builder::new().name("reknit-saves".to_owned()).spawn(move || thread.run(&hub))?;
-        Ok(())
+        Some(saves::directory(&wish.dir, &self.options.job, history))
+    }
+
+    /// Makes ready for checkpoints. Where they cannot be written now, they may be later: training goes on without.
+    fn prepare_saves(&mut self) {
+        let Some(dir) = self.checkpoints_dir().filter(|_| self.saves.is_none()) else { return };
+        let (job, layout) = (self.options.job.clone(), self.layout.clone());
+        match Saves::start(&self.hub, dir, job, layout, &mut self.saves_inbox) {
+            Ok(saves) => self.saves = Some(saves),
+            Err(why) => {
+                tracing::warn!(
+                    error = explained(&why),
+                    hint = why.hint(),
+                    "no checkpoints can be made at present"
+                );
+            }
+        }
     }
 
     fn wait_until_let_in(&mut self) -> Result<(), TrainError> {
@@ -204,17 +222,14 @@ impl Trainer {
             }
             match self.hub.look(Session::directive) {
                 Directive::Over(end) => return self.over(end).map(|()| None),
-                Directive::Restore(plan) => {
-                    self.prepare_saves()?;
-                    self.restore(&plan, state);
-                }
+                Directive::Restore(plan) => self.restore(&plan, state),
                 Directive::Wait => self.rest(state)?,
                 Directive::Run { place, resume } => {
-                    if self.running != Some(place.generation) && !self.take_go(place.generation, resume)? {
+                    if self.running != Some(place.generation) && !self.take_go(place.generation, resume) {
                         continue;
                     }
                     if self.is_last(self.steps_done()) {
-                        self.finish(place.generation)?;
+                        self.finish(&place, state)?;
                         continue;
                     }
                     let replaced = std::mem::take(&mut self.state_replaced);
@@ -255,7 +270,12 @@ impl Trainer {
                 match inbox.recv_timeout(LOOK_EVERY) {
                     Ok(ToProgram::Serve(connection)) => {
                         let stop = &stop;
-                        scope.spawn(move || serve(connection, &held, state, layout, stop));
+                        let thread = std::thread::Builder::new().name("reknit-serve".to_owned());
+                        let work = move || serve(connection, &held, state, layout, stop);
+                        if let Err(why) = thread.spawn_scoped(scope, work) {
+                            // The connection ends, and whoever waits for it asks another holder.
+                            tracing::warn!(error = %why, "no thread to send state from");
+                        }
                     }
                     Ok(ToProgram::Group(new)) => *group = Some(*new),
                     Ok(ToProgram::Wake) | Err(RecvTimeoutError::Timeout) => {}
@@ -281,13 +301,13 @@ impl Trainer {
     }
 
     /// The barrier has opened. False if the world is over again before its ring got here.
-    fn take_go(&mut self, generation: Generation, resume: Resume) -> Result<bool, TrainError> {
+    fn take_go(&mut self, generation: Generation, resume: Resume) -> bool {
         while self.group.as_ref().is_none_or(|group| group.generation() != generation) {
             // The ring was handed over before the world was answered, so it is on its way.
             match self.inbox.try_recv() {
                 Ok(ToProgram::Group(group)) => self.group = Some(*group),
                 Ok(ToProgram::Wake | ToProgram::Serve(_)) => {}
-                Err(_) => return Ok(false),
+                Err(_) => return false,
             }
         }
         // The go may have come after the rest had ended for another reason: from here on the state changes for sure.
@@ -300,22 +320,25 @@ impl Trainer {
             // coordinator's memory of it, must not take part: the world is to be formed anew.
             tracing::error!(%generation, ?resume, held = ?self.held, "told to go without the state to go from");
             self.hub.bring(|session| session.broken(generation, Vec::new()));
-            return Ok(false);
+            return false;
         }
-        self.prepare_saves()?;
+        self.prepare_saves();
         self.running = Some(generation);
         self.held = Held::At(resume);
         if let (Some(saves), Some(place)) = (&self.saves, self.hub.look(|session| session.place().cloned())) {
             saves.prepare(place.size);
         }
-        Ok(true)
+        true
     }
 
     /// Says that the last step is done, once its checkpoint is committed, and waits for what comes of it.
-    fn finish(&mut self, generation: Generation) -> Result<(), TrainError> {
-        let step = StepNumber(self.steps_done());
-        let since = *self.last_commit_since.get_or_insert_with(Instant::now);
-        let waits = self.hub.look(|session| session.awaits_commit(step)) && since.elapsed() < LAST_COMMIT;
+    fn finish(&mut self, place: &Place, state: &dyn State) -> Result<(), TrainError> {
+        let (generation, step) = (place.generation, StepNumber(self.steps_done()));
+        let since = match self.finishing {
+            Some((world, since)) if world == generation => since,
+            _ => self.finishing.insert((generation, Instant::now())).1,
+        };
+        let waits = self.is_last_to_come(place, step, state) && since.elapsed() < LAST_COMMIT;
         if !waits {
             self.hub.bring(|session| session.finished(generation, step));
         }
@@ -327,6 +350,23 @@ impl Trainer {
             return Err(self.unreachable(self.hub.apart_for()));
         }
         Ok(())
+    }
+
+    /// Whether a checkpoint of the last step is still to be committed. The world that did the step may have broken before
+    /// its checkpoint was whole, or have been busy with the one before: then it is made now.
+    fn is_last_to_come(&mut self, place: &Place, step: StepNumber, state: &dyn State) -> bool {
+        let look = |session: &Session| {
+            (session.has_commit_of(step), session.awaits_commit(step), session.is_saving_busy())
+        };
+        let (has_commit, awaits_commit, is_busy) = self.hub.look(look);
+        if has_commit || awaits_commit || self.last_saved_in == Some(place.generation) {
+            return awaits_commit;
+        }
+        if !is_busy {
+            let meta = self.save_meta(place.generation, place.rank, place.size, step);
+            self.save_if_due(meta, false, state);
+        }
+        self.options.checkpoints.is_some()
     }
 
     /// Brings the state to where the plan says, and says what became of it.
@@ -355,7 +395,7 @@ impl Trainer {
             }
         }
         if let Some(load) = &plan.load
-            && let Err(why) = self.load(load, state)
+            && let Err(why) = self.load(load, state, &abort)
         {
             tracing::warn!(step = %load.commit.step, error = %why, "a checkpoint could not be loaded");
             return self.hub.bring(|session| session.restore_failed(plan, None));
@@ -367,23 +407,29 @@ impl Trainer {
         self.hub.bring(|session| session.restored(plan, moved));
     }
 
-    fn load(&self, load: &Load, state: &mut dyn State) -> Result<(), String> {
-        let Some(Saves { dir, .. }) = &self.saves else {
+    fn load(&self, load: &Load, state: &mut dyn State, abort: &AbortHandle) -> Result<(), String> {
+        let Some(dir) = self.checkpoints_dir() else {
             return Err("this worker was given no directory of checkpoints".to_owned());
         };
         let commit = &load.commit;
-        let text = |why: reknit_checkpoint::LoadError| format!("{why}; {}", why.hint());
-        let manifest = open(dir, commit.step, commit.generation, commit.manifest).map_err(text)?;
-        load_into(dir, &manifest, Part::All, state).map_err(text)?;
-        Ok(())
+        let mut tries = 1;
+        loop {
+            let loaded = open(&dir, commit.step, commit.generation, commit.manifest)
+                .and_then(|manifest| load_into(&dir, &manifest, Part::All, state));
+            match loaded {
+                Ok(_) => return Ok(()),
+                // What a storage server's hiccup looks like; what is missing or damaged stays so.
+                Err(LoadError::Io { .. }) if tries < LOAD_TRIES && !abort.is_aborted() => {
+                    std::thread::sleep(LOAD_AGAIN * tries);
+                    tries += 1;
+                }
+                Err(why) => return Err(format!("{}; {}", explained(&why), why.hint())),
+            }
+        }
     }
 
     pub(crate) fn hub(&self) -> &Arc<Hub> {
         &self.hub
-    }
-
-    pub(crate) fn job(&self) -> &JobId {
-        &self.options.job
     }
 
     pub(crate) fn order(&self) -> DataOrder {
@@ -416,6 +462,9 @@ impl Trainer {
             if session.save_requested() {
                 word |= ControlWord::SAVE_REQUESTED;
             }
+            if session.is_saving_busy() {
+                word |= ControlWord::SAVE_BUSY;
+            }
             word
         })
     }
@@ -433,29 +482,47 @@ impl Trainer {
         self.failure = Some(why);
     }
 
+    pub(crate) fn save_meta(
+        &self,
+        generation: Generation,
+        rank: Rank,
+        world_size: WorldSize,
+        step: StepNumber,
+    ) -> SaveMeta {
+        let (job, lineage) = (self.options.job.clone(), self.lineage());
+        SaveMeta { job, step, lineage, generation, rank, world_size }
+    }
+
+    /// Begins a checkpoint of the state, if one is due after its step.
     pub(crate) fn save_if_due(
         &mut self,
         meta: SaveMeta,
         asked_for: bool,
         state: &dyn State,
     ) -> Option<Stall> {
-        let saves = self.saves.as_ref()?;
-        let steps = meta.step.0;
-        if !asked_for && !steps.is_multiple_of(saves.every) && !self.is_last(steps) {
+        let every = self.options.checkpoints.as_ref()?.every;
+        let (generation, step) = (meta.generation, meta.step);
+        if !asked_for && !step.0.is_multiple_of(every) && !self.is_last(step.0) {
             return None;
         }
-        let (generation, step) = (meta.generation, meta.step);
+        if self.is_last(step.0) {
+            self.last_saved_in = Some(generation);
+        }
+        self.prepare_saves();
+        let Some(saves) = &self.saves else {
+            self.hub.bring(|session| session.save_failed(generation, step));
+            return None;
+        };
+        // Said first: the part may be on the disk before `begin` returns.
+        self.hub.bring(|session| {
+            session.save_begins(generation, step);
+            Vec::new()
+        });
         match saves.begin(meta, state) {
-            Ok(stall) => {
-                self.hub.bring(|session| {
-                    session.save_begun(generation, step);
-                    Vec::new()
-                });
-                Some(stall)
-            }
+            Ok(stall) => Some(stall),
             Err(why) => {
-                tracing::warn!(%step, error = %why, hint = why.hint(), "no checkpoint of this step");
-                self.hub.bring(|session| session.save_failed(generation, step));
+                tracing::warn!(%step, error = explained(&why), hint = why.hint(), "no checkpoint of this step");
+                self.hub.bring(Session::own_save_failed);
                 None
             }
         }
@@ -489,7 +556,9 @@ fn advertised(options: &Options, listener: &Listener) -> String {
 fn recipe(options: &Options) -> Digest {
     let DataOrder { dataset, global_batch, seed } = options.order;
     let mut digester = Digester::new();
-    for number in [dataset, global_batch, seed, options.steps.unwrap_or(u64::MAX)] {
+    // Who makes no checkpoint when the others do would let them wait for its part for ever.
+    let every = options.checkpoints.as_ref().map_or(0, |wish| wish.every);
+    for number in [dataset, global_batch, seed, options.steps.unwrap_or(u64::MAX), every] {
         digester.update(&number.to_le_bytes());
     }
     digester.finish()

@@ -38,7 +38,7 @@ pub struct Disk {
     pub manifests: BTreeMap<(Generation, Step), Manifest>,
     /// Checkpoints that a fault has damaged.
     pub damaged: BTreeSet<(Generation, Step)>,
-    /// Checkpoints that were deleted because they were too old.
+    /// Checkpoints that were deleted because they were too old, or a part of them because it was given up.
     pub deleted: BTreeSet<(Generation, Step)>,
 }
 
@@ -108,6 +108,12 @@ impl Disk {
         let first = PartKey { generation, step, rank: Rank(0) };
         let last = PartKey { generation, step, rank: Rank(u32::MAX) };
         self.parts.range(first..=last).map(|(key, content)| (key.rank, (*key, *content)))
+    }
+
+    /// Deletes one part.
+    pub fn remove_part(&mut self, key: &PartKey) {
+        self.parts.remove(key);
+        self.deleted.insert((key.generation, key.step));
     }
 
     /// Deletes what is older than the newest of `kept` and not in it, as the checkpoint crate does.

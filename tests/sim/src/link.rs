@@ -49,6 +49,7 @@ impl Sim {
             Output::Publish { generation, step, shards } => {
                 self.is_to_publish(process, generation, step, shards)
             }
+            Output::SaveGivenUp { generation, step } => self.part_is_given_up(process, generation, step),
             Output::Notice { .. } => self.coverage.hit("a member is told that it is to leave"),
             Output::Committed { kept } => self.hears_of_commits(process, &kept),
         }
@@ -121,6 +122,7 @@ impl Sim {
             | Message::Draining { .. }
             | Message::Serve { .. }
             | Message::Publish { .. }
+            | Message::SaveGivenUp { .. }
             | Message::Committed { .. }
             | Message::Released
             | Message::Closed(_) => {}

@@ -245,7 +245,8 @@ pub(crate) struct Process {
     /// Counts the times it began to rest.
     pub(crate) rest: u64,
     pub(crate) saver: Saver,
-    pub(crate) finish_since: Option<Ms>,
+    pub(crate) finishing: Option<(Generation, Ms)>,
+    pub(crate) last_saved_in: Option<Generation>,
     pub(crate) deferred: Vec<Happening>,
     /// The cloud's deadline, if it warned.
     pub(crate) noticed: bool,

@@ -2,6 +2,7 @@
 //! turns anything may happen on the other threads.
 
 use reknit_membership::holding::Resume;
+use reknit_membership::world::Place;
 use reknit_membership::{Generation, Lineage, Rank, Step};
 use reknit_trainer::ControlWord;
 use reknit_trainer::session::{Directive, Session};
@@ -98,7 +99,7 @@ impl Sim {
                 let p = &self.processes[process];
                 let index = p.held.steps_done();
                 if self.is_last(index) {
-                    return self.finishes(process, place.generation);
+                    return self.finishes(process, &place);
                 }
                 let work = StepWork { place, index, calls: 0, word: ControlWord::default(), result: None };
                 let bounds = self.options.compute_ms;
@@ -183,12 +184,16 @@ impl Sim {
     }
 
     /// `Trainer::finish`.
-    fn finishes(&mut self, process: ProcessKey, generation: Generation) {
-        let now = self.now;
+    fn finishes(&mut self, process: ProcessKey, place: &Place) {
+        let (now, generation) = (self.now, place.generation);
         let p = &mut self.processes[process];
         let step = Step(p.held.steps_done());
-        let since = *p.finish_since.get_or_insert(now);
-        let waits = p.session.awaits_commit(step) && now - since < LAST_COMMIT;
+        let since = match p.finishing {
+            Some((world, since)) if world == generation => since,
+            _ => p.finishing.insert((generation, now)).1,
+        };
+        let is_to_come = self.is_last_to_come(process, place, step);
+        let waits = is_to_come && now - since < LAST_COMMIT;
         if !waits {
             self.bring(process, |session| session.finished(generation, step));
         }
@@ -196,6 +201,20 @@ impl Sim {
         let groups = std::mem::take(&mut p.groups);
         p.group = groups.last().copied().or(p.group);
         self.program_is(process, Program::Finishes, (1, LOOK_EVERY));
+    }
+
+    /// `Trainer::is_last_to_come`.
+    fn is_last_to_come(&mut self, process: ProcessKey, place: &Place, step: Step) -> bool {
+        let p = &self.processes[process];
+        let awaits = p.session.awaits_commit(step);
+        if p.session.has_commit_of(step) || awaits || p.last_saved_in == Some(place.generation) {
+            return awaits;
+        }
+        if !p.session.is_saving_busy() {
+            self.coverage.hit("the last checkpoint is made when there is nothing else to do");
+            self.saves_if_due(process, place, step, false);
+        }
+        self.options.save_every.is_some()
     }
 
     /// The program has its gradient and enters a collective.
@@ -212,6 +231,9 @@ impl Sim {
             }
             if session.save_requested() {
                 word |= ControlWord::SAVE_REQUESTED;
+            }
+            if session.is_saving_busy() {
+                word |= ControlWord::SAVE_BUSY;
             }
             word
         };
@@ -284,8 +306,12 @@ impl Sim {
             self.coverage.hit("a step is committed when a later world is known");
         }
         self.bring(process, |session| session.committed(generation, Step(steps)));
-        let asked = work.word.contains(ControlWord::SAVE_REQUESTED);
-        self.saves_if_due(process, &work.place, Step(steps), asked);
+        if work.word.contains(ControlWord::SAVE_BUSY) {
+            self.coverage.hit("a checkpoint is passed over while one is being written");
+        } else {
+            let asked = work.word.contains(ControlWord::SAVE_REQUESTED);
+            self.saves_if_due(process, &work.place, Step(steps), asked);
+        }
         if work.word.contains(ControlWord::BOUNDARY_REQUESTED) && !self.is_last(steps) {
             let holding = Held::At(resume).holding();
             self.coverage.hit("a boundary is reached");

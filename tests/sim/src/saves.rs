@@ -22,16 +22,18 @@ impl Sim {
         }
         let generation = place.generation;
         let key = PartKey { generation, step, rank: place.rank };
+        let last = self.is_last(step.0);
         let p = &mut self.processes[process];
-        if p.saver.writing.is_some() {
-            self.coverage.hit("a save comes too early");
-            return self.bring(process, |session| session.save_failed(generation, step));
+        if last {
+            p.last_saved_in = Some(generation);
         }
-        p.saver.writing = Some((key, p.content));
         self.bring(process, |session| {
-            session.save_begun(generation, step);
+            session.save_begins(generation, step);
             Vec::new()
         });
+        let p = &mut self.processes[process];
+        debug_assert_eq!(p.saver.writing, None, "the flag in the control word has kept it from this");
+        p.saver.writing = Some((key, p.content));
         let bounds = self.options.write_ms;
         self.within(bounds, Happening::PartEnds { process, key });
     }
@@ -82,7 +84,7 @@ impl Sim {
         let p = &mut self.processes[process];
         let Some((key, _)) = p.saver.written.get(&(generation, step)) else {
             self.coverage.hit("a manifest is asked of a member that has no part of it");
-            return;
+            return self.bring(process, |session| session.save_failed(generation, step));
         };
         let key = *key;
         p.saver.publishing.insert((generation, step), shards);
@@ -102,6 +104,15 @@ impl Sim {
         let digest = manifest_digest(generation, step, &parts);
         self.disk.manifests.insert((generation, step), Manifest { digest, parts });
         self.bring(process, |session| session.manifest_written(generation, step, digest));
+    }
+
+    /// A checkpoint will never be whole: this member's part of it goes.
+    pub(crate) fn part_is_given_up(&mut self, process: ProcessKey, generation: Generation, step: Step) {
+        let Some((key, _)) = self.processes[process].saver.written.remove(&(generation, step)) else {
+            return;
+        };
+        self.coverage.hit("a part of a checkpoint is given up");
+        self.disk.remove_part(&key);
     }
 
     /// Checkpoints are committed: older ones may go.

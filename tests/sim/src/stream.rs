@@ -438,6 +438,7 @@ pub(crate) fn short(message: &Message) -> String {
         | Message::Boundary { .. }
         | Message::Serve { .. }
         | Message::SaveNow { .. }
+        | Message::SaveGivenUp { .. }
         | Message::Draining { .. }
         | Message::Released
         | Message::Closed(_) => format!("{message:?}"),

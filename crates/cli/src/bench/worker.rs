@@ -139,7 +139,7 @@ fn train(
         for (weight, change) in state.f32_mut("state").iter_mut().zip(&*gradient) {
             *weight -= 1e-6 * change;
         }
-        let Ok(committed) = step.commit(state) else { continue };
+        let committed = step.commit(state);
         progress.committed(generation, size, committed.steps)?;
     }
     Ok(())

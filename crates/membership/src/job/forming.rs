@@ -143,6 +143,7 @@ impl Job {
     }
 
     fn between_worlds(&mut self, forming: Forming, out: &mut Out) {
+        self.world_ran();
         self.phase = Phase::Forming(forming);
         self.record.stage = Stage::Forming;
         out.save();

@@ -255,9 +255,7 @@ impl Job {
         let resume = Resume { lineage: Lineage(generation.0), step };
         // What was made beyond the state that is gone back to must not be taken for this branch's.
         self.record.commits.retain(|commit| commit.step <= step);
-        if self.saving.as_ref().is_some_and(|saving| saving.step > step) {
-            self.drop_saving(out);
-        }
+        self.give_up_beyond(step, out);
         if let Some(change) = self.record.changes.back_mut() {
             change.restored = Some(self.now);
             change.resume = Some(resume);

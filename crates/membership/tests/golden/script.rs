@@ -349,6 +349,7 @@ impl Stage {
             | Message::SaveNow { .. }
             | Message::Draining { .. }
             | Message::Serve { .. }
+            | Message::SaveGivenUp { .. }
             | Message::Publish { .. }
             | Message::Committed { .. }
             | Message::Released

@@ -114,6 +114,7 @@ impl Names<'_> {
                 None => "draining".to_owned(),
             },
             Message::Serve { generation } => format!("serve {generation:?}"),
+            Message::SaveGivenUp { generation, step } => format!("{step:?} of {generation:?} is given up"),
             Message::SaveNow { generation } => format!("save now {generation:?}"),
             Message::Publish { generation, step, shards } => {
                 format!("publish {step:?} of {generation:?}, {} parts", shards.len())

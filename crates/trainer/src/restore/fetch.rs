@@ -21,8 +21,8 @@ const DIAL: Duration = Duration::from_secs(10);
 const GRAIN_BYTES: u64 = 1 << 20;
 /// How many bytes one thread receives before it looks whether another one has failed.
 const BLOCKS_BYTES: usize = 16 << 20;
-/// The most that structured values may take on the wire. The checkpoint crate's limit is below it.
-const VALUES_BYTES_MAX: u64 = 4 << 20;
+/// The most that structured values may take on the wire: what the checkpoint crate allows, as text with every byte escaped.
+const VALUES_BYTES_MAX: u64 = 8 << 20;
 
 /// Why a state did not arrive.
 #[derive(Debug, thiserror::Error)]
@@ -42,13 +42,12 @@ pub(crate) struct Fetching<'a> {
     pub(crate) abort: &'a AbortHandle,
 }
 
-/// What one source sends.
+/// What one source is to send.
 struct Stripe<'a> {
     source: &'a Peer,
     range: ByteRange,
     /// Whether the values come along.
     values: bool,
-    transfer: Transfer<'a>,
 }
 
 /// Fetches a whole state, striped over all its sources.
@@ -59,23 +58,26 @@ pub(crate) fn fetch(
     state: &mut dyn State,
 ) -> Result<Vec<Moved>, RestoreError> {
     let ranges = plan::stripes(layout.all(), fetch.from.len(), GRAIN_BYTES);
-    // All sources are asked before the first is read: they fill their buffers meanwhile.
-    let mut stripes = Vec::with_capacity(ranges.len());
-    for (index, (source, range)) in fetch.from.iter().zip(ranges).enumerate() {
-        // One of them sends the values along, even if the state has no bytes at all.
-        let values = index == 0;
-        if range.is_empty() && !values {
-            continue;
-        }
-        stripes.push(Stripe { source, range, values, transfer: ask(who, source, range, values)? });
-    }
+    // One of the sources sends the values along, even if the state has no bytes at all.
+    let all = fetch.from.iter().zip(ranges).zip(0..);
+    let stripes = all.map(|((source, range), index)| Stripe { source, range, values: index == 0 });
+    let stripes: Vec<Stripe<'_>> =
+        stripes.filter(|stripe| stripe.values || !stripe.range.is_empty()).collect();
     let ranges: Vec<ByteRange> = stripes.iter().map(|stripe| stripe.range).collect();
     let arrived = match stream::split_mut(state, layout, &ranges) {
-        Some(places) => receive_together(who, stripes.into_iter().zip(places).collect())?,
+        Some(places) => {
+            // All sources are asked before the first is read: they fill their buffers meanwhile.
+            let asked = stripes.into_iter().zip(places).map(|(stripe, places)| {
+                let transfer = ask(who, &stripe)?;
+                Ok((stripe, transfer, places))
+            });
+            receive_together(who, asked.collect::<Result<_, _>>()?)?
+        }
         None => {
+            // One after the other, so nobody is asked before it is read: no source waits with full buffers for long.
             let one = |stripe: Stripe<'_>| {
-                let range = stripe.range;
-                receive(who, stripe, |take| stream::try_write_range(state, layout, range, take))
+                let (transfer, range) = (ask(who, &stripe)?, stripe.range);
+                receive(who, stripe, transfer, |take| stream::try_write_range(state, layout, range, take))
             };
             stripes.into_iter().map(one).collect::<Result<_, _>>()?
         }
@@ -91,8 +93,8 @@ pub(crate) fn fetch(
 /// What has arrived from one source: its bytes are where they belong, its values are here.
 type Arrived = (Moved, Option<Values>);
 
-/// A stripe, and where its bytes belong.
-type Placed<'a> = (Stripe<'a>, Vec<&'a mut [u8]>);
+/// A stripe that was asked for, and where its bytes belong.
+type Placed<'a> = (Stripe<'a>, Transfer<'a>, Vec<&'a mut [u8]>);
 
 /// Receives from all sources at once, each stripe on a thread of its own as far as there are threads to be had.
 fn receive_together(who: &Fetching<'_>, stripes: Vec<Placed<'_>>) -> Result<Vec<Arrived>, RestoreError> {
@@ -101,7 +103,7 @@ fn receive_together(who: &Fetching<'_>, stripes: Vec<Placed<'_>>) -> Result<Vec<
     let outcome = Mutex::new(Ok(Vec::with_capacity(more + 1)));
     let work = || {
         loop {
-            let Some((stripe, places)) = lock(&waiting).next() else { return };
+            let Some((stripe, transfer, places)) = lock(&waiting).next() else { return };
             let is_over = || lock(&outcome).is_err();
             let fill = |take: &mut Take<'_>| {
                 for place in places.into_iter().flat_map(|place| place.chunks_mut(BLOCKS_BYTES)) {
@@ -113,7 +115,7 @@ fn receive_together(who: &Fetching<'_>, stripes: Vec<Placed<'_>>) -> Result<Vec<
                 }
                 Ok(())
             };
-            let received = receive(who, stripe, fill);
+            let received = receive(who, stripe, transfer, fill);
             let mut outcome = lock(&outcome);
             match (&mut *outcome, received) {
                 (Ok(arrived), Ok(more)) => arrived.push(more),
@@ -141,12 +143,8 @@ fn failed(who: &Fetching<'_>, source: &Peer, why: impl ToString) -> RestoreError
     RestoreError::Source { culprit: source.member, why: why.to_string() }
 }
 
-fn ask<'a>(
-    who: &Fetching<'a>,
-    source: &Peer,
-    range: ByteRange,
-    values: bool,
-) -> Result<Transfer<'a>, RestoreError> {
+fn ask<'a>(who: &Fetching<'a>, stripe: &Stripe<'_>) -> Result<Transfer<'a>, RestoreError> {
+    let Stripe { source, range, values } = *stripe;
     let purpose = Purpose::State { member: who.member };
     let deadline = Instant::now() + DIAL;
     let address = resolve(&source.address);
@@ -165,9 +163,10 @@ type Take<'t> = dyn FnMut(&mut [u8]) -> Result<(), RestoreError> + 't;
 fn receive(
     who: &Fetching<'_>,
     stripe: Stripe<'_>,
+    mut transfer: Transfer<'_>,
     fill: impl FnOnce(&mut Take<'_>) -> Result<(), RestoreError>,
 ) -> Result<Arrived, RestoreError> {
-    let Stripe { source, range, values, mut transfer } = stripe;
+    let Stripe { source, range, values } = stripe;
     let read = |transfer: &mut Transfer<'_>, into: &mut [u8]| {
         transfer.read_exact(into).map_err(|why| failed(who, source, why))
     };

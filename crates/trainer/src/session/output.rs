@@ -52,6 +52,13 @@ pub enum Output {
         /// What each rank wrote.
         shards: Vec<ShardReport>,
     },
+    /// Delete this member's part of a checkpoint: it will never be whole.
+    SaveGivenUp {
+        /// The world that made it.
+        generation: Generation,
+        /// The step it is of.
+        step: Step,
+    },
     /// Tell the program that it is to leave.
     Notice {
         /// How long its machine can still be expected to live; none if it stays until it is released.

@@ -203,7 +203,7 @@ impl Job {
                 continue;
             }
             state.f64_mut("sums").iter_mut().zip(sums).for_each(|(sum, more)| *sum += more);
-            step.commit(state).unwrap();
+            step.commit(state);
             self.used.lock().unwrap().entry((index, generation)).or_default().insert(rank, samples);
             self.step.fetch_max(index + 1, Ordering::Relaxed);
             if index + 1 >= self.last.load(Ordering::Relaxed) {

@@ -50,7 +50,10 @@ impl Invariant for Fenced {
                 let quiet = match message {
                     Message::Refused(_) | Message::Released | Message::Closed(_) => true,
                     // In the same breath it is told that it has left.
-                    Message::Publish { .. } | Message::Attached { .. } | Message::Break { .. } => true,
+                    Message::Publish { .. }
+                    | Message::Attached { .. }
+                    | Message::SaveGivenUp { .. }
+                    | Message::Break { .. } => true,
                     Message::World(_)
                     | Message::Plan(_)
                     | Message::Go { .. }

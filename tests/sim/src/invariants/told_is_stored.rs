@@ -83,6 +83,11 @@ impl Invariant for ToldIsStored {
                     Message::Boundary { generation }
                     | Message::SaveNow { generation }
                     | Message::Publish { generation, .. } => self.went(*generation),
+                    // A part is deleted on the strength of it.
+                    Message::SaveGivenUp { generation, step } => {
+                        let key = (*generation, *step);
+                        record.is_some_and(|record| record.commits.iter().all(|commit| commit.key() != key))
+                    }
                     Message::Draining { .. } => self.drained.contains(member),
                     Message::Committed { kept } => {
                         self.commits.contains(&kept.iter().map(|commit| commit.key()).collect::<Vec<_>>())

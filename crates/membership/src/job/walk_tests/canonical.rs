@@ -130,8 +130,10 @@ pub(super) fn truth(model: &mut Model) {
                 .processes
                 .iter()
                 .any(|p| p.saves.iter().any(|s| (s.generation, s.step) == (generation, step)))
-            || model.job.saving.is_some()
+            || !model.job.savings.is_idle()
     });
+    let known = model.processes.iter().flat_map(|p| p.saves.iter().map(|s| (s.generation, s.step))).collect();
+    model.job.savings.forget_all_but(&known);
     let written = model.written.values().map(|written| written.state);
     for mut node in held.chain(saved).chain(written).chain(model.base) {
         while !std::mem::replace(&mut needed[node], true) {

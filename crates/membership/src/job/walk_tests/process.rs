@@ -257,6 +257,9 @@ impl Process {
                     save.manifest = Some(true);
                 }
             }
+            Message::SaveGivenUp { generation, step } => {
+                self.saves.retain(|save| (save.generation, save.step) != (generation, step));
+            }
             Message::Committed { kept } => {
                 let newest = kept.last().map(|commit| commit.step).unwrap_or_default();
                 self.saves.retain(|save| save.step > newest);

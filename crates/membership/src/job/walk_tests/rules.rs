@@ -34,7 +34,7 @@ pub(super) fn check_transition(
     check_record(before, durable)?;
     for effect in &t.then {
         if let Effect::Tell { member, message } = effect {
-            check_told(before, durable, *member, message)?;
+            check_told(before, durable, *member, message, t.save.is_some())?;
         }
     }
     let b = &setting.budget;
@@ -95,7 +95,13 @@ fn check_record(before: &Model, record: &JobRecord) -> Checked {
     rule(!disturbed, "M-13", || format!("{causes:?} interrupted a rank that runs"))
 }
 
-fn check_told(before: &Model, durable: &JobRecord, member: MemberId, message: &Message) -> Checked {
+fn check_told(
+    before: &Model,
+    durable: &JobRecord,
+    member: MemberId,
+    message: &Message,
+    saves: bool,
+) -> Checked {
     let told = || format!("{member:?} is told {message:?} of what is not saved");
     let live = |generation: Generation| durable.generation == generation;
     match message {
@@ -122,6 +128,11 @@ fn check_told(before: &Model, durable: &JobRecord, member: MemberId, message: &M
             rule(live(*generation) && durable.stage == Stage::Published && outside, "M-5", told)
         }
         Message::Draining { .. } => rule(durable.drains.contains_key(&member), "M-5", told),
+        // It deletes what was written: only whoever can save may say so, and it must not be of what is committed.
+        Message::SaveGivenUp { generation, step } => {
+            let committed = durable.commits.iter().any(|commit| commit.key() == (*generation, *step));
+            rule(saves && !committed, "M-5", told)
+        }
         Message::Committed { kept } => rule(*kept == durable.commits, "M-5", told),
         Message::Closed(closure) => rule(durable.stage == Stage::Closed(*closure), "M-5", told),
         Message::Released => rule(durable.departure(member) == Some(Departure::Drained), "M-5", told),
