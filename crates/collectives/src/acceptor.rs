@@ -72,8 +72,7 @@ impl Acceptor {
     fn accept(&mut self, now: Instant) {
         for _ in 0..ACCEPT_BURST {
             match self.listener.accept() {
-                Ok(_) if self.guests.len() >= self.options.unproven_max => {}
-                Ok((stream, _)) if stream.set_nonblocking(true).is_ok() => {
+                Ok((stream, _)) if self.has_room() && stream.set_nonblocking(true).is_ok() => {
                     let stage = Stage::Greeting { hello: Inbox::new() };
                     let guest = Guest { stream, stage, deadline: after(now, self.options.handshake) };
                     self.serve(guest, true, now);
@@ -89,6 +88,23 @@ impl Acceptor {
                     }
                 },
             }
+        }
+    }
+
+    /// Whether one more guest may come. Who has not said what it wants makes room for who comes, the first to come first:
+    /// members say it at once, so strangers cannot keep them out by being many and silent.
+    fn has_room(&mut self) -> bool {
+        if self.guests.len() < self.options.unproven_max {
+            return true;
+        }
+        let silent = self.guests.iter().enumerate();
+        let silent = silent.filter(|(_, guest)| matches!(guest.stage, Stage::Greeting { .. }));
+        match silent.min_by_key(|(_, guest)| guest.deadline).map(|(at, _)| at) {
+            Some(oldest) => {
+                drop(self.guests.swap_remove(oldest));
+                true
+            }
+            None => false,
         }
     }
 

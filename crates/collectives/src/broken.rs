@@ -34,7 +34,7 @@ pub enum BreakReason {
         kind: io::ErrorKind,
     },
     /// No byte has moved for too long.
-    #[error("no byte has moved for {waited:?}")]
+    #[error("no byte has moved for {waited:?}: a rank hangs, or has not called this collective")]
     Stalled {
         /// For how long.
         waited: Duration,

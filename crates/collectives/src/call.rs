@@ -95,13 +95,15 @@ impl fmt::Display for Call {
 
 /// How many bytes a header takes.
 pub(crate) const HEADER_BYTES: usize = 32;
+/// Which of them says that the stream has no control words, which is only so to measure what they cost.
+pub(crate) const WORDLESS_AT: usize = 7;
 const MAGIC: [u8; 4] = *b"rkC1";
 
 impl Call {
     /// The header with which `rank` starts its stream of this call.
     ///
     /// ```text
-    /// 0 magic "rkC1" | 4 kind | 5 dtype | 6 op | 7 zero | 8 sequence | 16 count | 24 root | 28 sender's rank
+    /// 0 magic "rkC1" | 4 kind | 5 dtype | 6 op | 7 zero, or 1 without words | 8 sequence | 16 count | 24 root | 28 sender's rank
     /// ```
     pub(crate) fn header(&self, rank: Rank) -> [u8; HEADER_BYTES] {
         let (kind, dtype, op, root) = match self.kind {

@@ -12,12 +12,16 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
 use crate::abort::AbortHandle;
 use crate::broken::BreakReason;
 use crate::handshake::{ANSWER_BYTES, Answer, Hello, Purpose, RefuseReason, VERDICT_BYTES, Verdict};
-use crate::patience::{Patience, Vain};
+use crate::patience::{Patience, Vain, after};
 use crate::secret::{Proof, Secret, Side, fresh_nonce};
 
 /// The pause before the first repetition; it doubles with every further one.
 const PAUSE_FIRST: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
+
+/// How long one attempt may take before another one is made: longer than any listener holds a connection, short enough
+/// that a connection that a router or a full queue has forgotten costs little.
+const ATTEMPT: Duration = Duration::from_secs(15);
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +86,8 @@ pub fn dial(
     let mut pause = PAUSE_FIRST;
     let mut refused = None;
     loop {
-        let failure = match attempt(addr, purpose, generation, secret, &patience) {
+        let until = after(Instant::now(), ATTEMPT);
+        let failure = match attempt(addr, purpose, generation, secret, &patience.until(until)) {
             Ok(stream) => return Ok(stream),
             Err(failure) => failure,
         };
@@ -96,6 +101,7 @@ pub fn dial(
             Failure::Refused(reason) => return Err(DialError::Refused { addr, reason }),
             Failure::Impostor => return Err(DialError::Impostor { addr }),
             Failure::Unreachable(source) => return Err(DialError::Unreachable { addr, source }),
+            Failure::Vain(Vain::TimedOut) if Instant::now() < deadline => patience.pause(pause).err(),
             Failure::Vain(vain) => Some(vain),
         };
         match (vain, refused) {
@@ -153,6 +159,21 @@ fn attempt(
     Ok(stream)
 }
 
+/// Whose fault it is that there is no connection.
+fn unconnected(error: Errno) -> Failure {
+    match error {
+        // This machine has no port, no memory or no permission left: the other one is not to be suspected.
+        Errno::ADDRNOTAVAIL
+        | Errno::AGAIN
+        | Errno::NOBUFS
+        | Errno::NOMEM
+        | Errno::ACCESS
+        | Errno::PERM
+        | Errno::AFNOSUPPORT => Failure::Vain(Vain::System(error.into())),
+        _ => Failure::Unreachable(error.into()),
+    }
+}
+
 /// A connection in non-blocking mode.
 fn connect(addr: SocketAddr, patience: &Patience<'_>) -> Result<TcpStream, Failure> {
     let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
@@ -161,14 +182,14 @@ fn connect(addr: SocketAddr, patience: &Patience<'_>) -> Result<TcpStream, Failu
     match rustix::net::connect(&socket, &addr) {
         Ok(()) => return Ok(socket.into()),
         Err(Errno::INPROGRESS | Errno::INTR) => {}
-        Err(error) => return Err(Failure::Unreachable(error.into())),
+        Err(error) => return Err(unconnected(error)),
     }
     let stream = TcpStream::from(socket);
     loop {
         patience.wait_for(&stream, PollFlags::OUT)?;
         match sockopt::socket_error(&stream) {
             Ok(Ok(())) => {}
-            Ok(Err(error)) | Err(error) => return Err(Failure::Unreachable(error.into())),
+            Ok(Err(error)) | Err(error) => return Err(unconnected(error)),
         }
         // No error and a peer is a connection; no error and no peer is a wait that returned early.
         if stream.peer_addr().is_ok() {

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use reknit_membership::ids::{Generation, MemberId, Rank};
+use reknit_membership::ids::{Generation, MemberId, Rank, WorldSize};
 
 use crate::abort::{AbortHandle, Rouse};
 use crate::broken::BreakReason;
@@ -13,6 +13,7 @@ use crate::doors::Doors;
 use crate::handshake::{Purpose, RefuseReason};
 use crate::lock;
 use crate::patience::after;
+use crate::schedule::before;
 use crate::secret::Secret;
 
 /// Lets connections of one generation in, for as long as it lives.
@@ -22,15 +23,6 @@ use crate::secret::Secret;
 pub struct Door {
     room: Arc<Room>,
     doors: Arc<Doors>,
-}
-
-/// A connection from the rank before this one.
-#[derive(Debug)]
-pub struct RingConnection {
-    /// The connection, in blocking mode.
-    pub stream: TcpStream,
-    /// Who its dialler says it is. It has proved that it belongs to the generation, not that it is this rank.
-    pub rank: Rank,
 }
 
 /// A connection from a member that wants state.
@@ -70,8 +62,14 @@ impl Door {
         self.room.generation
     }
 
-    /// The next connection of the ring, whoever claims to dial it.
-    pub fn next_ring(&self, deadline: Instant, abort: &AbortHandle) -> Result<RingConnection, ArrivalError> {
+    /// Which rank it was opened for, in a world of how many; nothing if it lets only members in that want state.
+    pub fn seat(&self) -> Option<(Rank, WorldSize)> {
+        self.room.seat
+    }
+
+    /// The connection, in blocking mode, of who says it is the rank before this one. It has proved that it belongs to
+    /// the generation, not that it is that rank. There is one: who comes after it was taken is refused.
+    pub fn take_previous(&self, deadline: Instant, abort: &AbortHandle) -> Result<TcpStream, ArrivalError> {
         // Attached before the lock is taken: an abort that has come already rouses at once, under that lock.
         let _attached = abort.attach(self.room.clone());
         let mut arrivals = lock(&self.room.arrivals);
@@ -82,8 +80,9 @@ impl Door {
             if arrivals.closed {
                 return Err(ArrivalError::Closed);
             }
-            if let Some(connection) = arrivals.rings.pop_front() {
-                return Ok(connection);
+            if let Some(stream) = arrivals.previous.take() {
+                arrivals.has_previous = true;
+                return Ok(stream);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -134,6 +133,7 @@ impl Drop for Door {
 pub(crate) struct Room {
     pub(crate) generation: Generation,
     pub(crate) secret: Secret,
+    seat: Option<(Rank, WorldSize)>,
     waiting_max: usize,
     arrivals: Mutex<Arrivals>,
     changed: Condvar,
@@ -142,28 +142,36 @@ pub(crate) struct Room {
 #[derive(Debug, Default)]
 struct Arrivals {
     closed: bool,
-    rings: VecDeque<RingConnection>,
+    /// The previous rank's connection, until it is taken …
+    previous: Option<TcpStream>,
+    /// … and whether it was.
+    has_previous: bool,
     states: VecDeque<StateConnection>,
 }
 
 impl Room {
-    pub(crate) fn new(generation: Generation, secret: Secret, waiting_max: usize) -> Room {
-        Room { generation, secret, waiting_max, arrivals: Mutex::default(), changed: Condvar::new() }
+    pub(crate) fn new(
+        generation: Generation,
+        secret: Secret,
+        seat: Option<(Rank, WorldSize)>,
+        waiting_max: usize,
+    ) -> Room {
+        Room { generation, secret, seat, waiting_max, arrivals: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Whether a connection for `purpose` could be let in now.
     pub(crate) fn admits(&self, purpose: Purpose) -> Result<(), RefuseReason> {
         let arrivals = lock(&self.arrivals);
-        let waiting = match purpose {
-            Purpose::Ring { rank } => arrivals.rings.iter().filter(|other| other.rank != rank).count(),
-            Purpose::State { .. } => arrivals.states.len(),
-        };
         if arrivals.closed {
-            Err(RefuseReason::GenerationOver)
-        } else if waiting >= self.waiting_max {
-            Err(RefuseReason::Busy)
-        } else {
-            Ok(())
+            return Err(RefuseReason::GenerationOver);
+        }
+        match purpose {
+            Purpose::Ring { from, to } => {
+                let is_ours = self.seat.is_some_and(|(rank, size)| to == rank && from == before(rank, size));
+                if is_ours && !arrivals.has_previous { Ok(()) } else { Err(RefuseReason::WrongNeighbour) }
+            }
+            Purpose::State { .. } if arrivals.states.len() >= self.waiting_max => Err(RefuseReason::Busy),
+            Purpose::State { .. } => Ok(()),
         }
     }
 
@@ -174,11 +182,8 @@ impl Room {
             return;
         }
         match purpose {
-            Purpose::Ring { rank } => {
-                // Whoever dials again has given up on the connection before.
-                arrivals.rings.retain(|other| other.rank != rank);
-                arrivals.rings.push_back(RingConnection { stream, rank });
-            }
+            // Whoever dials again has given up on the connection before.
+            Purpose::Ring { .. } => arrivals.previous = Some(stream),
             Purpose::State { member } => arrivals.states.push_back(StateConnection { stream, member }),
         }
         self.changed.notify_all();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use reknit_membership::ids::Generation;
+use reknit_membership::ids::{Generation, Rank, WorldSize};
 
 use crate::door::Room;
 use crate::lock;
@@ -44,8 +44,13 @@ impl Doors {
         Ok(Doors { state: Mutex::default(), changed: Wake::new()?, waiting_max })
     }
 
-    pub(crate) fn open(&self, generation: Generation, secret: Secret) -> Arc<Room> {
-        let room = Arc::new(Room::new(generation, secret, self.waiting_max));
+    pub(crate) fn open(
+        &self,
+        generation: Generation,
+        secret: Secret,
+        seat: Option<(Rank, WorldSize)>,
+    ) -> Arc<Room> {
+        let room = Arc::new(Room::new(generation, secret, seat, self.waiting_max));
         let mut state = lock(&self.state);
         if let Some(before) = state.open.insert(generation, room.clone()) {
             before.close();
@@ -112,8 +117,8 @@ mod tests {
     #[test]
     fn a_generation_that_is_over_takes_the_older_ones_with_it_but_not_the_open_ones() {
         let doors = Doors::new(4).unwrap();
-        let _three = doors.open(Generation(3), Secret::new([3; 32]));
-        let five = doors.open(Generation(5), Secret::new([5; 32]));
+        let _three = doors.open(Generation(3), Secret::new([3; 32]), None);
+        let five = doors.open(Generation(5), Secret::new([5; 32]), None);
         assert_eq!([3, 4, 5, 6].map(|g| check(&doors, g)), ["open", "not yet", "open", "not yet"]);
         doors.close(&five);
         assert_eq!([3, 4, 5, 6].map(|g| check(&doors, g)), ["open", "over", "over", "not yet"]);
@@ -122,8 +127,8 @@ mod tests {
     #[test]
     fn closing_a_room_that_was_replaced_leaves_its_successor_open() {
         let doors = Doors::new(4).unwrap();
-        let first = doors.open(Generation(3), Secret::new([3; 32]));
-        let _second = doors.open(Generation(3), Secret::new([4; 32]));
+        let first = doors.open(Generation(3), Secret::new([3; 32]), None);
+        let _second = doors.open(Generation(3), Secret::new([4; 32]), None);
         doors.close(&first);
         assert_eq!(check(&doors, 3), "open");
     }
@@ -131,8 +136,9 @@ mod tests {
     #[test]
     fn too_many_open_generations_push_out_the_oldest() {
         let doors = Doors::new(4).unwrap();
-        let _rooms: Vec<_> =
-            (1..=OPEN_MAX as u64 + 1).map(|g| doors.open(Generation(g), Secret::new([0; 32]))).collect();
+        let _rooms: Vec<_> = (1..=OPEN_MAX as u64 + 1)
+            .map(|g| doors.open(Generation(g), Secret::new([0; 32]), None))
+            .collect();
         assert_eq!([1, 2, 9].map(|g| check(&doors, g)), ["over", "open", "open"]);
     }
 }

@@ -68,17 +68,48 @@ impl fmt::Display for DType {
 pub trait Element: Fold {
     /// The type as a value.
     const DTYPE: DType;
+
+    /// The type in which means are taken: one in which their sums fit.
+    #[doc(hidden)]
+    type Wide: Element;
+
+    /// The same number in the wider type.
+    #[doc(hidden)]
+    fn widen(self) -> Self::Wide;
+
+    /// A mean of widened numbers, which fits again.
+    #[doc(hidden)]
+    fn narrow(mean: Self::Wide) -> Self;
 }
 
 macro_rules! element {
-    ($($number:ty => $dtype:ident),+ $(,)?) => {
+    ($($number:ty => $dtype:ident, $wide:ty, $narrow:expr);+ $(;)?) => {
         $(impl Element for $number {
             const DTYPE: DType = DType::$dtype;
+
+            type Wide = $wide;
+
+            fn widen(self) -> $wide {
+                <$wide>::from(self)
+            }
+
+            fn narrow(mean: $wide) -> $number {
+                let narrow: fn($wide) -> $number = $narrow;
+                narrow(mean)
+            }
         })+
     };
 }
 
-element!(f32 => F32, f64 => F64, f16 => F16, bf16 => Bf16, i32 => I32, i64 => I64, u8 => U8);
+element! {
+    f32 => F32, f32, |mean| mean;
+    f64 => F64, f64, |mean| mean;
+    f16 => F16, f32, f16::from_f32;
+    bf16 => Bf16, bf16, |mean| mean;
+    i32 => I32, i64, |mean| mean as i32;
+    i64 => I64, i64, |mean| mean;
+    u8 => U8, i64, |mean| mean as u8;
+}
 
 #[cfg(test)]
 mod tests {

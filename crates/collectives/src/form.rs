@@ -5,15 +5,21 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use reknit_membership::ids::{Generation, Rank, WorldSize};
+use rustix::event::PollFd;
 
 use crate::abort::AbortHandle;
 use crate::broken::BreakReason;
 use crate::dial::{DialError, dial};
 use crate::door::{ArrivalError, Door};
 use crate::handshake::Purpose;
-use crate::neighbours::Neighbours;
+use crate::neighbours::{ENDED, Neighbours};
 use crate::patience::after;
+use crate::schedule::{before, following};
 use crate::secret::Secret;
+use crate::wake::poll;
+
+/// How often who waits for the previous rank looks whether the next one is still there.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// A rank's place in the ring of one world.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +82,14 @@ pub enum FormError {
         /// The door's generation.
         door: Generation,
     },
+    /// The door was not opened for this place.
+    #[error("the door was not opened for rank {rank} in a world of {size}")]
+    NoSeat {
+        /// The rank.
+        rank: Rank,
+        /// The size.
+        size: WorldSize,
+    },
     /// There is no connection to the next rank.
     #[error("no connection to the next rank, {rank}")]
     Next {
@@ -113,6 +127,7 @@ impl FormError {
             FormError::Next { rank, .. } | FormError::Previous { rank, .. } => Some(*rank),
             FormError::BadPlace { .. }
             | FormError::WrongDoor { .. }
+            | FormError::NoSeat { .. }
             | FormError::Aborted { .. }
             | FormError::System { .. } => None,
         }
@@ -128,12 +143,15 @@ pub(crate) fn connect(
     options: &GroupOptions,
     abort: &AbortHandle,
 ) -> Result<Option<Neighbours>, FormError> {
-    let Place { generation, rank, size, ref secret, next } = *place;
+    let Place { generation, rank, size, ref secret, next: addr } = *place;
     if rank.0 >= size.0 {
         return Err(FormError::BadPlace { rank, size });
     }
     if door.generation() != generation {
         return Err(FormError::WrongDoor { place: generation, door: door.generation() });
+    }
+    if door.seat() != Some((rank, size)) {
+        return Err(FormError::NoSeat { rank, size });
     }
     if let Some(reason) = abort.reason() {
         return Err(FormError::Aborted { reason });
@@ -142,34 +160,35 @@ pub(crate) fn connect(
         return Ok(None);
     }
     let deadline = after(Instant::now(), options.form);
-    let next_rank = Rank(if rank.0 + 1 == size.0 { 0 } else { rank.0 + 1 });
-    let prev_rank = Rank(if rank.0 == 0 { size.0 - 1 } else { rank.0 - 1 });
-    let next =
-        dial(next, Purpose::Ring { rank }, generation, secret, deadline, abort).map_err(
-            |source| match source {
-                DialError::Aborted { reason } => FormError::Aborted { reason },
-                source => FormError::Next { rank: next_rank, source },
-            },
-        )?;
-    let prev = await_previous(door, prev_rank, deadline, abort)?;
+    let (next_rank, prev_rank) = (following(rank, size), before(rank, size));
+    let purpose = Purpose::Ring { from: rank, to: next_rank };
+    let failed = |source| match source {
+        DialError::Aborted { reason } => FormError::Aborted { reason },
+        source => FormError::Next { rank: next_rank, source },
+    };
+    let next = dial(addr, purpose, generation, secret, deadline, abort).map_err(failed)?;
+    let prev = loop {
+        let look_at = after(Instant::now(), LOOK_EVERY).min(deadline);
+        match door.take_previous(look_at, abort) {
+            Ok(stream) => break stream,
+            Err(ArrivalError::Aborted { reason }) => return Err(FormError::Aborted { reason }),
+            Err(ArrivalError::TimedOut) if look_at < deadline => {}
+            Err(source) => return Err(FormError::Previous { rank: prev_rank, source }),
+        }
+        // Nobody leaves a ring in good order before it has stood.
+        if has_ended(&next).map_err(|source| FormError::System { source })? {
+            let source = io::ErrorKind::UnexpectedEof.into();
+            return Err(failed(DialError::Unreachable { addr, source }));
+        }
+    };
     let neighbours = Neighbours { next, next_rank, prev, prev_rank };
     neighbours.prepare(options.stall).map_err(|source| FormError::System { source })?;
     Ok(Some(neighbours))
 }
 
-fn await_previous(
-    door: &Door,
-    prev_rank: Rank,
-    deadline: Instant,
-    abort: &AbortHandle,
-) -> Result<TcpStream, FormError> {
-    loop {
-        match door.next_ring(deadline, abort) {
-            Ok(connection) if connection.rank == prev_rank => return Ok(connection.stream),
-            // Some other rank was told the wrong address. It notices, because its connection closes here.
-            Ok(_) => {}
-            Err(ArrivalError::Aborted { reason }) => return Err(FormError::Aborted { reason }),
-            Err(source) => return Err(FormError::Previous { rank: prev_rank, source }),
-        }
-    }
+/// Whether the other side has ended this connection.
+fn has_ended(stream: &TcpStream) -> io::Result<bool> {
+    let mut fds = [PollFd::new(stream, ENDED)];
+    poll(&mut fds, Some(Duration::ZERO))?;
+    Ok(!fds[0].revents().is_empty())
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::ErrorKind;
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use reknit_membership::ids::{Generation, Rank, WorldSize};
 
 use crate::abort::{AbortHandle, Attached};
@@ -170,7 +171,7 @@ impl Group {
         word: ControlWord,
     ) -> Result<ControlWord, Broken> {
         assert_eq!(input.len(), output.len(), "an all_reduce gives as many elements as it takes");
-        self.call(CallKind::AllReduce { dtype: T::DTYPE, op }, input, output, word)
+        self.reduce(CallKind::AllReduce { dtype: T::DTYPE, op }, input, output, word)
     }
 
     /// Combines the `input`s of all ranks and gives this rank its own [`part`] of the result. If it fails, what is in
@@ -188,7 +189,7 @@ impl Group {
         let own = part(input.len(), self.size, self.rank);
         assert_eq!(own.len(), output.len(), "a reduce_scatter gives a rank its part");
         self.with_scratch(input.len(), |group, scratch| {
-            let word = group.call(CallKind::ReduceScatter { dtype: T::DTYPE, op }, input, scratch, word)?;
+            let word = group.reduce(CallKind::ReduceScatter { dtype: T::DTYPE, op }, input, scratch, word)?;
             output.copy_from_slice(&scratch[own]);
             Ok(word)
         })
@@ -229,6 +230,24 @@ impl Group {
     /// Returns when every rank has called it.
     pub fn barrier(&mut self, word: ControlWord) -> Result<ControlWord, Broken> {
         self.call::<u8>(CallKind::Barrier, &[], &mut [], word)
+    }
+
+    /// Runs a reduction, in a wider type where the sum of a mean may not fit.
+    fn reduce<T: Element>(
+        &mut self,
+        kind: CallKind,
+        input: &[T],
+        work: &mut [T],
+        word: ControlWord,
+    ) -> Result<ControlWord, Broken> {
+        if kind.op() != Some(ReduceOp::Mean) || size_of::<T>() == size_of::<T::Wide>() {
+            return self.call(kind, input, work, word);
+        }
+        let wide: Vec<T::Wide> = input.iter().map(|number| number.widen()).collect();
+        let mut means = vec![T::Wide::zeroed(); work.len()];
+        let word = self.call(kind, &wide, &mut means, word)?;
+        work.iter_mut().zip(means).for_each(|(number, mean)| *number = T::narrow(mean));
+        Ok(word)
     }
 
     /// Runs one collective. `input` is what a reduction takes, `work` holds all elements.

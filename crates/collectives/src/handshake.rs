@@ -3,7 +3,7 @@
 //! ```text
 //! dialler                                              listener
 //!   Hello   magic, version, purpose, generation,  ──►  (holds it if it has not heard of the generation yet)
-//!           claimed rank or member, nonce
+//!           claimed ranks or member, nonce
 //!                                                 ◄──  Answer   refused(why), or nonce
 //!   Proof   keyed hash of Hello and both nonces   ──►
 //!                                                 ◄──  Verdict  refused(why), or the listener's own proof
@@ -32,10 +32,12 @@ pub(crate) const VERDICT_BYTES: usize = 40;
 /// What a connection is for, and who its dialler claims to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// The ring: the dialler is the rank before the listener's.
+    /// The ring.
     Ring {
         /// The dialler's rank.
-        rank: Rank,
+        from: Rank,
+        /// The rank it means to reach: the next one. An address may be another member's by now.
+        to: Rank,
     },
     /// Fetching state from a member that has it.
     State {
@@ -58,22 +60,29 @@ pub enum RefuseReason {
     BadProof,
     /// The listener holds as many connections as it may.
     Busy,
+    /// The listener is not the rank that the dialler takes it for, or the dialler not the one before it, or it has the
+    /// connection of that one already.
+    WrongNeighbour,
 }
 
 impl RefuseReason {
-    const ALL: [RefuseReason; 5] = [
+    const ALL: [RefuseReason; 6] = [
         RefuseReason::WrongVersion,
         RefuseReason::UnknownGeneration,
         RefuseReason::GenerationOver,
         RefuseReason::BadProof,
         RefuseReason::Busy,
+        RefuseReason::WrongNeighbour,
     ];
 
     /// Whether the same request may succeed a little later.
     pub fn is_retryable(self) -> bool {
         match self {
             RefuseReason::UnknownGeneration | RefuseReason::Busy => true,
-            RefuseReason::WrongVersion | RefuseReason::GenerationOver | RefuseReason::BadProof => false,
+            RefuseReason::WrongVersion
+            | RefuseReason::GenerationOver
+            | RefuseReason::BadProof
+            | RefuseReason::WrongNeighbour => false,
         }
     }
 
@@ -84,6 +93,7 @@ impl RefuseReason {
             RefuseReason::GenerationOver => 3,
             RefuseReason::BadProof => 4,
             RefuseReason::Busy => 5,
+            RefuseReason::WrongNeighbour => 6,
         }
     }
 
@@ -100,6 +110,9 @@ impl fmt::Display for RefuseReason {
             RefuseReason::GenerationOver => "it is past this generation",
             RefuseReason::BadProof => "it found our proof of the generation's secret wrong",
             RefuseReason::Busy => "it holds as many connections as it may",
+            RefuseReason::WrongNeighbour => {
+                "it is not our next rank in this generation, or has its neighbour already"
+            }
         })
     }
 }
@@ -123,11 +136,11 @@ pub(crate) enum BadHello {
 
 impl Hello {
     /// ```text
-    /// 0 magic "rkD1" | 4 version | 6 kind | 7 zero | 8 generation | 16 rank or member | 24 nonce
+    /// 0 magic "rkD1" | 4 version | 6 kind | 7 zero | 8 generation | 16 from, to: four bytes each, or member | 24 nonce
     /// ```
     pub(crate) fn to_bytes(self) -> [u8; HELLO_BYTES] {
         let (kind, claim) = match self.purpose {
-            Purpose::Ring { rank } => (1, u64::from(rank.0)),
+            Purpose::Ring { from, to } => (1, u64::from(from.0) | u64::from(to.0) << 32),
             Purpose::State { member } => (2, member.0),
         };
         let mut bytes = [0; HELLO_BYTES];
@@ -149,7 +162,7 @@ impl Hello {
         }
         let eight = |at| u64::from_le_bytes(*bytes[at..].first_chunk().expect("the hello is longer"));
         let purpose = match (bytes[6], bytes[7]) {
-            (1, 0) => Purpose::Ring { rank: Rank(u32::try_from(eight(16)).map_err(|_| BadHello::Foreign)?) },
+            (1, 0) => Purpose::Ring { from: Rank(eight(16) as u32), to: Rank((eight(16) >> 32) as u32) },
             (2, 0) => Purpose::State { member: MemberId(eight(16)) },
             _ => return Err(BadHello::Foreign),
         };
@@ -238,7 +251,7 @@ mod tests {
 
     #[test]
     fn every_message_says_itself_again() {
-        let ring = Hello { purpose: Purpose::Ring { rank: Rank(3) }, ..HELLO };
+        let ring = Hello { purpose: Purpose::Ring { from: Rank(u32::MAX), to: Rank(3) }, ..HELLO };
         assert_eq!(Hello::from_bytes(&HELLO.to_bytes()), Ok(HELLO));
         assert_eq!(Hello::from_bytes(&ring.to_bytes()), Ok(ring));
         let answers = RefuseReason::ALL.map(Answer::Refused);
@@ -258,9 +271,9 @@ mod tests {
         assert_eq!(Hello::from_bytes(&other_version), Err(BadHello::WrongVersion));
         let foreign = *b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n\r\n\r";
         assert_eq!(Hello::from_bytes(&foreign), Err(BadHello::Foreign));
-        let mut too_high_a_rank = Hello { purpose: Purpose::Ring { rank: Rank(3) }, ..HELLO }.to_bytes();
-        too_high_a_rank[20] = 1;
-        assert_eq!(Hello::from_bytes(&too_high_a_rank), Err(BadHello::Foreign));
+        let mut of_no_kind = HELLO.to_bytes();
+        of_no_kind[6] = 3;
+        assert_eq!(Hello::from_bytes(&of_no_kind), Err(BadHello::Foreign));
     }
 
     #[test]

@@ -74,7 +74,7 @@ pub use abort::AbortHandle;
 pub use broken::{BreakReason, Broken};
 pub use call::{Call, CallKind};
 pub use dial::{DialError, dial};
-pub use door::{ArrivalError, Door, RingConnection, StateConnection};
+pub use door::{ArrivalError, Door, StateConnection};
 pub use element::{DType, Element};
 pub use form::{FormError, GroupOptions, Place};
 pub use group::Group;

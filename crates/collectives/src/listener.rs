@@ -11,6 +11,7 @@ use reknit_membership::ids::Generation;
 use crate::acceptor::Acceptor;
 use crate::door::Door;
 use crate::doors::Doors;
+use crate::form::Place;
 use crate::secret::Secret;
 
 /// The limits on what strangers can make a [`Listener`] do.
@@ -22,7 +23,8 @@ pub struct ListenerOptions {
     pub hold: Duration,
     /// How many such connections are held at once; more are asked to come back.
     pub held_max: usize,
-    /// How many connections may be unproven at once, the held ones among them; more are closed at once.
+    /// How many connections may be unproven at once, the held ones among them; for one more, the one is closed that has
+    /// been silent for longest.
     pub unproven_max: usize,
     /// How many proven connections of each kind may wait in a door at once; more are asked to come back.
     pub waiting_max: usize,
@@ -93,12 +95,19 @@ impl Listener {
         self.addr
     }
 
-    /// From now on connections of `generation` that prove `secret` are let in, those that came before included.
+    /// From now on members that want state and prove the `secret` of `generation` are let in, those that came before
+    /// included.
     ///
     /// Opening a generation again replaces, and closes, its first door. Eight generations may be open at once: the
     /// ninth closes the oldest.
     pub fn open(&self, generation: Generation, secret: Secret) -> Door {
-        Door::new(self.doors.open(generation, secret), self.doors.clone())
+        Door::new(self.doors.open(generation, secret, None), self.doors.clone())
+    }
+
+    /// As [`Listener::open`], and the previous rank of `place` is let in as well.
+    pub fn open_ring(&self, place: &Place) -> Door {
+        let Place { generation, ref secret, rank, size, .. } = *place;
+        Door::new(self.doors.open(generation, secret.clone(), Some((rank, size))), self.doors.clone())
     }
 }
 

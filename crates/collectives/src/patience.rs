@@ -36,14 +36,20 @@ pub(crate) struct Patience<'a> {
     deadline: Instant,
     abort: &'a AbortHandle,
     wake: Arc<Wake>,
-    _attached: Attached,
+    _attached: Option<Attached>,
 }
 
 impl Patience<'_> {
     pub(crate) fn new(deadline: Instant, abort: &AbortHandle) -> io::Result<Patience<'_>> {
         let wake = Arc::new(Wake::new()?);
         let attached = abort.attach(wake.clone());
-        Ok(Patience { deadline, abort, wake, _attached: attached })
+        Ok(Patience { deadline, abort, wake, _attached: Some(attached) })
+    }
+
+    /// The same with an earlier deadline, for a part of what is waited for.
+    pub(crate) fn until(&self, deadline: Instant) -> Patience<'_> {
+        let deadline = deadline.min(self.deadline);
+        Patience { deadline, abort: self.abort, wake: self.wake.clone(), _attached: None }
     }
 
     /// Returns when `fd` is ready for any of `events`, or has failed; possibly before.

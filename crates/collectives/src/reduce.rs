@@ -11,8 +11,9 @@ use half::{bf16, f16};
 
 /// How the inputs of all ranks become one result.
 ///
-/// Integers wrap around on overflow; floats become infinite. `f16` and `bf16` are added as `f32` and rounded once per
-/// hop. If any input is NaN, so is the result, for [`Min`](ReduceOp::Min) and [`Max`](ReduceOp::Max) too. The inputs
+/// Sums of integers wrap around on overflow; those of floats become infinite. A mean is right where its sum would not fit:
+/// `u8` and `i32` are averaged as `i64`, and `f16` as `f32`, which takes as many bytes on the wire. `f16` and `bf16` are
+/// otherwise added as `f32` and rounded once per hop. If any input is NaN, so is the result, for [`Min`](ReduceOp::Min) and [`Max`](ReduceOp::Max) too. The inputs
 /// are added in ring order, which depends on the element's place: the result is bit for bit the same on every rank,
 /// but not the same as a sum from rank 0 up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

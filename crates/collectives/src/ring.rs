@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use reknit_membership::ids::{Rank, WorldSize};
 
 use crate::abort::AbortHandle;
-use crate::call::{Call, HEADER_BYTES};
+use crate::call::{Call, HEADER_BYTES, WORDLESS_AT};
 use crate::element::Element;
 use crate::reduce::ReduceOp;
 use crate::schedule::{Action, Schedule};
@@ -189,8 +189,11 @@ impl<'a, T: Element> Run<'a, T> {
     /// The same without the word in its stream: what comes out is this rank's own. Only to measure what the word costs,
     /// and only if no rank's part is empty.
     pub(crate) fn without_word(mut self) -> Run<'a, T> {
-        assert!(self.work.len() >= self.size.0 as usize, "a frame without a word must have elements");
+        let has_elements = (0..self.schedule.steps())
+            .all(|step| !self.schedule.sent(step).is_empty() && !self.schedule.received(step).is_empty());
+        assert!(has_elements, "a frame without a word must have elements");
         self.has_words = false;
+        self.header[WORDLESS_AT] = 1;
         self.to_come = self.all_received_bytes();
         self
     }
@@ -395,7 +398,12 @@ impl<'a, T: Element> Run<'a, T> {
 
     /// Whether the previous rank is about to do the same as this one.
     fn check(&self, header: &[u8; HEADER_BYTES]) -> Result<(), Fault> {
-        match Call::from_header(header) {
+        let mut header = *header;
+        let is_wordless = std::mem::take(&mut header[WORDLESS_AT]);
+        if is_wordless != self.header[WORDLESS_AT] {
+            return Err(Fault::Protocol("one of the two ranks leaves the control word out"));
+        }
+        match Call::from_header(&header) {
             Some((theirs, sender)) if sender == self.prev && theirs == self.call => Ok(()),
             Some((theirs, sender)) if sender == self.prev => Err(Fault::Mismatch { ours: self.call, theirs }),
             Some(_) => Err(Fault::Protocol("it is another rank than it said when it connected")),

@@ -17,6 +17,16 @@ use std::ops::Range;
 
 use reknit_membership::ids::{Rank, WorldSize};
 
+/// The rank that `rank` receives from.
+pub(crate) fn before(rank: Rank, size: WorldSize) -> Rank {
+    Rank(if rank.0 == 0 { size.0 - 1 } else { rank.0 - 1 })
+}
+
+/// The rank that `rank` sends to.
+pub(crate) fn following(rank: Rank, size: WorldSize) -> Rank {
+    Rank(if rank.0 + 1 == size.0 { 0 } else { rank.0 + 1 })
+}
+
 /// The stretch of `len` elements that `rank` owns in a world of `size`: the parts are in rank order, without gaps, and
 /// their lengths differ by one at most, the longer ones first.
 ///

@@ -307,24 +307,24 @@ fn a_rank_that_never_calls_stalls_the_others_who_say_so() {
 fn a_next_rank_that_is_gone_is_noticed_though_the_previous_one_is_alive_and_silent() {
     let (listener, next) = (common::listener(), common::listener());
     let secret = common::secret();
-    let (door, next_door) =
-        (listener.open(Generation(1), secret.clone()), next.open(Generation(1), secret.clone()));
-    let silent = Purpose::Ring { rank: Rank(0) };
-    let handle = AbortHandle::new();
-    let _silent =
-        dial(listener.local_addr(), silent, Generation(1), &secret, common::soon(), &handle).unwrap();
     let place = Place {
         generation: Generation(1),
         rank: Rank(1),
         size: WorldSize(3),
-        secret,
+        secret: secret.clone(),
         next: next.local_addr(),
     };
+    let (door, next_door) =
+        (listener.open_ring(&place), next.open_ring(&Place { rank: Rank(2), ..place.clone() }));
+    let silent = Purpose::Ring { from: Rank(0), to: Rank(1) };
+    let handle = AbortHandle::new();
+    let _silent =
+        dial(listener.local_addr(), silent, Generation(1), &secret, common::soon(), &handle).unwrap();
     let group = Group::form(&door, &place, &options(), handle.clone()).unwrap();
-    let connection = next_door.next_ring(common::soon(), &handle).unwrap();
+    let connection = next_door.take_previous(common::soon(), &handle).unwrap();
     // Read on, so that it closes in good order once it has the header and the first word.
     let leave = move || {
-        (&connection.stream).read_exact(&mut [0; 36]).unwrap();
+        (&connection).read_exact(&mut [0; 36]).unwrap();
         None
     };
     let call = move || {
@@ -440,7 +440,6 @@ fn a_world_of_one_knows_only_its_own_abort() {
 #[test]
 fn a_handle_aborted_before_forming_forms_nothing() {
     let listener = common::listener();
-    let door = listener.open(Generation(1), common::secret());
     let place = Place {
         generation: Generation(1),
         rank: Rank(0),
@@ -448,6 +447,7 @@ fn a_handle_aborted_before_forming_forms_nothing() {
         secret: common::secret(),
         next: listener.local_addr(),
     };
+    let door = listener.open_ring(&place);
     let abort = AbortHandle::new();
     abort.abort(BreakReason::Aborted);
     let result = Group::form(&door, &place, &options(), abort);

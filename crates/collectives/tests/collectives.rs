@@ -150,62 +150,116 @@ fn nobody_leaves_a_barrier_before_everybody_has_entered_it() {
 
 /// One type's numbers, from and to `f64`.
 trait Number: Element + PartialEq + std::fmt::Debug {
+    /// Two numbers that a mean of must not overflow, however many ranks bring them.
+    const EXTREMES: [Self; 2];
+    /// The multiples of this are in the type, negative ones too if it has any.
+    const GRAIN: f64;
     fn from(number: f64) -> Self;
     fn to(self) -> f64;
 }
 
 macro_rules! number {
-    ($($number:ty),+) => {
+    ($($number:ty: $grain:expr, $extremes:expr, $from:expr, $to:expr;)+) => {
         $(impl Number for $number {
-            fn from(number: f64) -> Self { number as $number }
-            fn to(self) -> f64 { self as f64 }
-        })+
-    };
-    (half $($number:ty),+) => {
-        $(impl Number for $number {
-            fn from(number: f64) -> Self { <$number>::from_f64(number) }
-            fn to(self) -> f64 { self.to_f64() }
+            const EXTREMES: [Self; 2] = $extremes;
+            const GRAIN: f64 = $grain;
+            fn from(number: f64) -> Self {
+                let from: fn(f64) -> Self = $from;
+                from(number)
+            }
+            fn to(self) -> f64 {
+                let to: fn(Self) -> f64 = $to;
+                to(self)
+            }
         })+
     };
 }
 
-number!(f32, f64, i32, i64, u8);
-number!(half f16, bf16);
+// The floats of 32 and 64 bits, and bf16 with its exponent of 32 bits, overflow only where no gradient is.
+number! {
+    f32: 0.25, [1e30, -1e30], |x| x as f32, |x| x.into();
+    f64: 0.25, [1e300, -1e300], |x| x, |x| x;
+    bf16: 0.25, [bf16::from_bits(0x7000), bf16::from_bits(0xf000)], bf16::from_f64, bf16::to_f64;
+    f16: 0.25, [f16::MAX, f16::MIN], f16::from_f64, f16::to_f64;
+    i32: 1.0, [i32::MAX, i32::MIN], |x| x as i32, |x| x.into();
+    // A sum of these fits an i64, and a float has no more bits.
+    i64: 1.0, [1 << 52, -(1 << 52)], |x| x as i64, |x| x as f64;
+    u8: 1.0, [u8::MAX, u8::MIN], |x| x as i64 as u8, |x| x.into();
+}
+
+/// A rank's number at an index: small, so that sums of eight of them are exact in every type. A `u8` that is sent a
+/// negative one takes it as a large one, which makes its sums wrap around.
+fn own<T: Number>(rank: usize, at: usize) -> T {
+    T::from(((at * 7 + rank * 11) % 17) as f64 * T::GRAIN - 8.0 * T::GRAIN)
+}
+
+/// The result as it is by the book.
+fn wanted<T: Number>(op: ReduceOp, all: impl Iterator<Item = f64> + Clone, size: usize) -> f64 {
+    let sum: f64 = all.clone().sum();
+    match op {
+        ReduceOp::Sum => T::from(sum).to(),
+        // Cut towards zero where there are no fractions.
+        ReduceOp::Mean if T::GRAIN == 1.0 => (sum / size as f64).trunc(),
+        ReduceOp::Mean => T::from(sum / size as f64).to(),
+        ReduceOp::Min => all.fold(f64::INFINITY, f64::min),
+        ReduceOp::Max => all.fold(f64::NEG_INFINITY, f64::max),
+    }
+}
+
+fn check_reductions<T: Number>(group: &mut Group, op: ReduceOp, len: usize) {
+    let (rank, size) = (index(group), group.size().0 as usize);
+    let context = format!("{op} of {len} {} in a world of {size}", T::DTYPE);
+    let input: Vec<T> = (0..len).map(|at| own(rank, at)).collect();
+    let want = |at: usize| wanted::<T>(op, (0..size).map(|rank| own::<T>(rank, at).to()), size);
+    let want: Vec<f64> = (0..len).map(want).collect();
+
+    let mut output = vec![T::from(3.0); len];
+    group.all_reduce_into(&input, &mut output, op, ControlWord::NONE).unwrap();
+    assert!(output.iter().map(|x| x.to()).eq(want.iter().copied()), "{context}: {output:?}");
+    let mut in_place = input.clone();
+    group.all_reduce(&mut in_place, op, ControlWord::NONE).unwrap();
+    assert_eq!(in_place, output, "{context}");
+
+    let own_part = part(len, group.size(), group.rank());
+    let mut scattered = vec![T::from(3.0); own_part.len()];
+    group.reduce_scatter(&input, &mut scattered, op, ControlWord::NONE).unwrap();
+    assert_eq!(scattered, output[own_part.clone()], "{context}");
+    let mut gathered = vec![T::from(3.0); len];
+    group.all_gather(&scattered, &mut gathered, ControlWord::NONE).unwrap();
+    assert_eq!(gathered, output, "{context}");
+
+    let root = len % size;
+    let mut handed = input.clone();
+    group.broadcast(&mut handed, Rank(root as u32), ControlWord::NONE).unwrap();
+    assert!(handed.iter().enumerate().all(|(at, x)| *x == own(root, at)), "{context}");
+    assert_eq!(input, (0..len).map(|at| own(rank, at)).collect::<Vec<T>>(), "C-2: {context}");
+}
+
+/// The mean of equal numbers is that number, also where their sum does not fit.
+fn check_extreme_means<T: Number>(group: &mut Group) {
+    for extreme in T::EXTREMES {
+        let mut data = vec![extreme; 70];
+        group.all_reduce(&mut data, ReduceOp::Mean, ControlWord::NONE).unwrap();
+        let right = data.iter().all(|x| (x.to() - extreme.to()).abs() <= extreme.to().abs() * 1e-6);
+        assert!(right, "the mean of {extreme:?} in a world of {:?} is {:?}", group.size(), data[0]);
+    }
+}
 
 fn check_type<T: Number>(groups: Vec<Group>) -> Vec<Group> {
-    let size = groups.len();
-    let whole = T::from(0.5) == T::from(0.0);
-    let (groups, _) = each(groups, move |group| {
+    let check = |group: &mut Group| {
         for op in ReduceOp::ALL {
             for len in [0, 1, 5, 777, 3000] {
-                let input: Vec<T> = (0..len).map(|at| T::from(number(index(group), at))).collect();
-                let mut output = vec![T::from(99.0); len];
-                group.all_reduce_into(&input, &mut output, op, ControlWord::NONE).unwrap();
-                for (at, result) in output.into_iter().enumerate() {
-                    let all = (0..size).map(|rank| number(rank, at));
-                    let want = match op {
-                        ReduceOp::Sum => all.sum(),
-                        ReduceOp::Mean if whole => (all.sum::<f64>() / size as f64).trunc(),
-                        ReduceOp::Mean => T::from(all.sum::<f64>() / size as f64).to(),
-                        ReduceOp::Min => all.fold(f64::INFINITY, f64::min),
-                        ReduceOp::Max => all.fold(f64::NEG_INFINITY, f64::max),
-                    };
-                    assert_eq!(
-                        result.to(),
-                        want,
-                        "{op} of {} at {at} of {len} in a world of {size}",
-                        T::DTYPE
-                    );
-                }
+                check_reductions::<T>(group, op, len);
             }
         }
-    });
-    groups
+        check_extreme_means::<T>(group);
+    };
+    each(groups, check).0
 }
 
 #[test]
-fn every_operation_works_on_every_type() {
-    for size in [1, 2, 3, 6] {
+fn every_operation_works_on_every_type_in_every_world() {
+    for size in 1..=8 {
         let mut groups = World::with(size, small_chunks()).form();
         groups = check_type::<f32>(groups);
         groups = check_type::<f64>(groups);

@@ -1,11 +1,11 @@
 //! The background of a world: builds its ring while the program may still be computing, and then passes on connections
 //! of members that want state.
 
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
-use reknit_collectives::{AbortHandle, Door, FormError, Group, GroupOptions, Place as RingPlace, Secret};
+use reknit_collectives::{AbortHandle, Door, Group, GroupOptions, Place as RingPlace, Secret};
 use reknit_membership::world::Place;
 use reknit_membership::{Generation, Rank, WorldSize};
 use reknit_proto::rendezvous::SecretBytes;
@@ -19,14 +19,27 @@ const PATIENCE: Duration = Duration::from_secs(30 * 60);
 /// How often the door is looked at to see whether the world is over.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
+/// An address that nobody listens on.
+const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
+
 pub(crate) fn form_in_background(hub: &Arc<Hub>, place: Place, secret: SecretBytes, abort: AbortHandle) {
     // The door opens before anybody else can know that this member knows: whoever dials finds it open.
-    let secret = Secret::new(secret);
-    let door = hub.listener().open(place.generation, secret.clone());
+    let ring_place = RingPlace {
+        generation: place.generation,
+        rank: Rank(place.seat),
+        size: WorldSize(place.seats),
+        secret: Secret::new(secret),
+        // Resolved by the thread: a name server may be slow.
+        next: NOWHERE,
+    };
+    let door = hub.listener().open_ring(&ring_place);
     let generation = place.generation;
     let keeper = {
         let hub = Arc::clone(hub);
-        move || keep(&hub, &door, &place, secret, &abort)
+        move || {
+            let next = resolve(&place.next.address);
+            keep(&hub, &door, &place, &RingPlace { next, ..ring_place }, &abort)
+        }
     };
     let thread = std::thread::Builder::new().name(format!("reknit-world-{generation}"));
     if let Err(why) = thread.spawn(keeper) {
@@ -34,9 +47,10 @@ pub(crate) fn form_in_background(hub: &Arc<Hub>, place: Place, secret: SecretByt
     }
 }
 
-fn keep(hub: &Arc<Hub>, door: &Door, place: &Place, secret: Secret, abort: &AbortHandle) {
+fn keep(hub: &Arc<Hub>, door: &Door, place: &Place, ring_place: &RingPlace, abort: &AbortHandle) {
     let generation = place.generation;
-    match form(door, place, secret, abort) {
+    let options = GroupOptions { form: PATIENCE, stall: PATIENCE, ..GroupOptions::default() };
+    match Group::form(door, ring_place, &options, abort.clone()) {
         Ok(mut group) => {
             let lost = {
                 let hub = Arc::downgrade(hub);
@@ -88,18 +102,6 @@ pub(crate) fn serve_in_background(
     }
 }
 
-fn form(door: &Door, place: &Place, secret: Secret, abort: &AbortHandle) -> Result<Group, FormError> {
-    let ring_place = RingPlace {
-        generation: place.generation,
-        rank: Rank(place.seat),
-        size: WorldSize(place.seats),
-        secret,
-        next: resolve(&place.next.address),
-    };
-    let options = GroupOptions { form: PATIENCE, stall: PATIENCE, ..GroupOptions::default() };
-    Group::form(door, &ring_place, &options, abort.clone())
-}
-
 /// The ring counts members; the world counts the ranks that they bring.
 fn member_rank(place: &Place, seat: Rank) -> Rank {
     if seat.0 == (place.seat + 1) % place.seats { place.next.rank } else { place.prev.rank }
@@ -108,6 +110,5 @@ fn member_rank(place: &Place, seat: Rank) -> Rank {
 /// A name that cannot be resolved becomes an address that nobody listens on: dialling it fails and is reported like any
 /// other neighbour that cannot be reached.
 pub(crate) fn resolve(address: &str) -> SocketAddr {
-    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
-    address.to_socket_addrs().ok().and_then(|mut all| all.next()).unwrap_or(nowhere)
+    address.to_socket_addrs().ok().and_then(|mut all| all.next()).unwrap_or(NOWHERE)
 }

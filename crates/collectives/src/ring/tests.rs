@@ -81,13 +81,30 @@ impl Transport for Memory {
     }
 }
 
+/// What goes wrong with a rank, once it has sent so many bytes.
+#[derive(Debug, Clone, Copy)]
+struct Cut {
+    rank: usize,
+    bytes: usize,
+    how: How,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// The connection to the next rank ends; the rank itself goes on until it notices.
+    Link,
+    /// The rank dies or gives up: both its connections end. What it has sent arrives.
+    Death,
+    /// The same, and what is on its way is lost.
+    Reset,
+}
+
 /// One collective on all ranks. Each rank has its own call, so that they can disagree.
 struct Trial<'a, T> {
     calls: Vec<Call>,
     inputs: &'a [Vec<T>],
     outputs: Vec<Vec<T>>,
-    /// `(rank, bytes)`: what this rank sends is cut after so many bytes.
-    cut: Option<(usize, usize)>,
+    cut: Option<Cut>,
     chunk: usize,
     capacity: usize,
     seed: u64,
@@ -106,7 +123,7 @@ impl<T: Element> Trial<'_, T> {
         let chance = Rc::new(RefCell::new(Chance(self.seed)));
         let pipes: Vec<_> = (0..n)
             .map(|rank| {
-                let cut_after = self.cut.filter(|(cut, _)| *cut == rank).map(|(_, bytes)| bytes);
+                let cut_after = self.cut.filter(|cut| cut.rank == rank).map(|cut| cut.bytes);
                 let closed = cut_after == Some(0);
                 Rc::new(RefCell::new(Pipe { capacity: self.capacity, cut_after, closed, ..Pipe::default() }))
             })
@@ -140,6 +157,16 @@ impl<T: Element> Trial<'_, T> {
         while results.iter().any(Option::is_none) {
             let rank = chance.borrow_mut().below(n);
             if results[rank].is_some() {
+                continue;
+            }
+            if let Some(Cut { how: How::Death | How::Reset, .. }) = self.cut.filter(|cut| cut.rank == rank)
+                && pipes[rank].borrow().closed
+            {
+                results[rank] = Some(Err(Fault::Aborted));
+                pipes[before(rank)].borrow_mut().closed = true;
+                if self.cut.is_some_and(|cut| cut.how == How::Reset) {
+                    pipes[rank].borrow_mut().bytes.clear();
+                }
                 continue;
             }
             let run = &mut runs[rank];
@@ -262,26 +289,63 @@ fn the_other_collectives_give_everybody_what_they_promise() {
     }
 }
 
+/// Everything there is to call, and what a rank must have when it succeeds: of `len` numbers, with these inputs.
+fn trials(n: usize, inputs: &[Vec<i64>]) -> Vec<(Trial<'_, i64>, Vec<Vec<i64>>)> {
+    let (len, dtype, size) = (inputs[0].len(), DType::I64, WorldSize(n as u32));
+    let own = |rank: usize| part(len, size, Rank(rank as u32));
+    let sums: Vec<_> = (0..len).map(|at| total(inputs, at)).collect();
+    let root = n - 1;
+    let mut trials = vec![(reduction(n, inputs, 0), vec![sums.clone(); n])];
+
+    let kind = CallKind::ReduceScatter { dtype, op: ReduceOp::Sum };
+    trials.push((Trial { calls: same(n, kind, len), ..reduction(n, inputs, 0) }, vec![sums; n]));
+
+    let mut outputs = vec![vec![-1; len]; n];
+    (0..n).for_each(|rank| outputs[rank][own(rank)].copy_from_slice(&inputs[rank][own(rank)]));
+    let gathered: Vec<i64> = (0..n).flat_map(|rank| inputs[rank][own(rank)].to_vec()).collect();
+    let calls = same(n, CallKind::AllGather { dtype }, len);
+    trials.push((Trial { calls, outputs, inputs: &[], ..reduction(n, inputs, 0) }, vec![gathered; n]));
+
+    let calls = same(n, CallKind::Broadcast { dtype, root: Rank(root as u32) }, len);
+    let trial = Trial { calls, outputs: inputs.to_vec(), inputs: &[], ..reduction(n, inputs, 0) };
+    trials.push((trial, vec![inputs[root].clone(); n]));
+
+    let calls = same(n, CallKind::Barrier, 0);
+    let trial = Trial { calls, outputs: vec![vec![]; n], inputs: &[], ..reduction(n, inputs, 0) };
+    trials.push((trial, vec![vec![]; n]));
+    trials
+}
+
 #[test]
-fn a_cut_after_any_byte_ends_every_rank_and_who_succeeds_has_the_sum() {
+fn a_cut_or_a_death_after_any_byte_ends_every_rank_and_who_succeeds_has_the_result() {
     for n in 2..=4 {
-        let len = 11;
-        let inputs = input(n, len);
-        let want: Vec<_> = (0..len).map(|at| total(&inputs, at)).collect();
-        let whole = reduction(n, &inputs, 0).play().sent;
-        for rank in 0..n {
-            for bytes in 0..whole[rank] {
-                let seed = (bytes * n + rank) as u64;
-                let trial = Trial { cut: Some((rank, bytes)), ..reduction(n, &inputs, seed) };
-                let Verdict { results, outputs, .. } = trial.play();
-                let context =
-                    format!("C-1: n {n}, rank {rank} cut after {bytes} bytes, seed {seed}: {results:?}");
-                assert!(results[(rank + 1) % n].is_err(), "{context}");
-                for (result, output) in results.iter().zip(&outputs) {
+        let inputs = input(n, 11);
+        let count = trials(n, &inputs).len();
+        let fresh = |which: usize| trials(n, &inputs).swap_remove(which);
+        for which in 0..count {
+            let whole = fresh(which).0.play().sent;
+            let points = (0..n).flat_map(|rank| (0..whole[rank]).map(move |bytes| (rank, bytes)));
+            let hows = [How::Link, How::Death, How::Reset];
+            for (rank, bytes, how) in points.flat_map(|(rank, bytes)| hows.map(|how| (rank, bytes, how))) {
+                let (trial, want) = fresh(which);
+                let (cut, seed) = (Cut { rank, bytes, how }, (bytes * n + rank) as u64);
+                let context = format!("C-1: {} of {n}, {cut:?}, seed {seed}", trial.calls[0]);
+                let Verdict { results, outputs, .. } = Trial { cut: Some(cut), seed, ..trial }.play();
+                assert!(results[(rank + 1) % n].is_err(), "{context}: {results:?}");
+                for (at, (result, output)) in results.iter().zip(&outputs).enumerate() {
                     match result {
-                        Ok(word) => assert!(*word == everybody(n) && *output == want, "{context}"),
+                        Ok(word) => {
+                            // A reduce_scatter promises a rank its own part.
+                            let own = match which {
+                                1 => part(output.len(), WorldSize(n as u32), Rank(at as u32)),
+                                _ => 0..output.len(),
+                            };
+                            let right = output[own.clone()] == want[at][own];
+                            assert!(*word == everybody(n) && right, "{context}: {results:?}");
+                        }
                         Err(Fault::NextLost(_) | Fault::PrevLost(_)) => {}
-                        Err(_) => panic!("{context}"),
+                        Err(Fault::Aborted) if at == rank => {}
+                        Err(_) => panic!("{context}: {results:?}"),
                     }
                 }
             }

@@ -77,7 +77,7 @@ impl World {
                 next: via(rank, self.addr((rank + 1) % size)),
             };
             move || {
-                let door = listener.open(generation, place.secret.clone());
+                let door = listener.open_ring(&place);
                 Group::form(&door, &place, &options, AbortHandle::new()).unwrap()
             }
         });
