@@ -217,30 +217,32 @@ fn a_member_that_never_answers_is_left_out_after_a_bounded_wait() {
 #[test]
 fn garbage_and_half_open_connections_hurt_nobody_on_any_port() {
     let coordinator = Coordinator::start();
-    let (_worker, generation) = training(&coordinator);
+    let _workers = ["a", "b"].map(|name| coordinator.worker("job", name, &ENDLESS));
+    let generation = coordinator.runs_with("job", 2)["generation"].as_u64().unwrap();
     let status = coordinator.status("job").unwrap();
     let data_plane: SocketAddr = status["members"][0]["address"].as_str().unwrap().parse().unwrap();
+    let mut open = Vec::new();
     for port in [coordinator.address(), data_plane] {
-        let mut open = Vec::new();
         for garbage in [&b""[..], b"G", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n", &[0xff; 4096]] {
             for _ in 0..20 {
                 let mut stream = TcpStream::connect(port).unwrap();
                 // The other end may hang up before it has read it all.
                 let _ = stream.write_all(garbage);
-                open.push(stream);
+                open.push((port, stream));
             }
         }
         goes_on(&coordinator, "job", generation);
-        // A second worker gets in although all those are open.
-        let (host, second) = ("127.0.0.1", coordinator.reknit(&["status"]));
-        assert_eq!(second.code, 0, "{host} {second:?}");
-        for mut stream in open {
-            stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-            let mut rest = Vec::new();
-            // Closed in order, or reset: either way it ends by itself, and within its limit.
-            let ended = stream.read_to_end(&mut rest);
-            let timed_out = ended.as_ref().is_err_and(|why| why.kind() == std::io::ErrorKind::WouldBlock);
-            assert!(!timed_out, "{port} keeps a connection that says nothing");
-        }
+    }
+    // Another worker gets in although all those are open: it is let in, wired into the ring, and given the state.
+    let _third = coordinator.worker("job", "c", &ENDLESS);
+    let generation = coordinator.runs_with("job", 3)["generation"].as_u64().unwrap();
+    goes_on(&coordinator, "job", generation);
+    for (port, mut stream) in open {
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut rest = Vec::new();
+        // Closed in order, or reset: either way it ends by itself, and within its limit.
+        let ended = stream.read_to_end(&mut rest);
+        let timed_out = ended.as_ref().is_err_and(|why| why.kind() == std::io::ErrorKind::WouldBlock);
+        assert!(!timed_out, "{port} keeps a connection that says nothing");
     }
 }
