@@ -25,6 +25,7 @@
 //! | D-4 | A reader that does not read is cut off; nothing is buffered for it beyond [`config::Limits`]. |
 //! | D-5 | The server is not on a step's path: members send nothing per step (see `counters`). |
 //! | D-6 | The coordinator never dials a member. |
+//! | D-7 | Whatever a peer can open, send or keep waiting has a limit in [`config::Limits`], and what is beyond it is told so. |
 
 #![forbid(unsafe_code)]
 
