@@ -1,4 +1,6 @@
-//! Commands that change something. Each says what it will do, and to whom, before it does it.
+//! Commands that change something. Each says what follows from it, and for whom, once it is done.
+
+use std::fmt;
 
 use reknit_membership::MemberStatus;
 use reknit_proto::{inspect, v1};
@@ -7,11 +9,11 @@ use crate::args::{Connection, Job, Member, Notice, Resize};
 use crate::failure::Failure;
 use crate::print;
 
-fn done(connection: &Connection) -> Result<(), Failure> {
+fn done(connection: &Connection, what: fmt::Arguments<'_>) -> Result<(), Failure> {
     if connection.json {
         print::json(&serde_json::json!({ "done": true }))?;
     } else {
-        print::talk(format_args!("done"));
+        print::talk(what);
     }
     Ok(())
 }
@@ -43,67 +45,68 @@ fn without(member: &Member) -> String {
 
 pub(crate) fn drain(member: &Member) -> Result<(), Failure> {
     let connection = &member.connection;
-    print::talk(format_args!(
-        "{} leaves {} at the next step boundary; {}",
-        member.member,
-        member.job,
-        without(member)
-    ));
     connection.operate(async |client| client.drain(member_request(member)).await)?;
-    done(connection)
+    done(
+        connection,
+        format_args!(
+            "{} leaves {} at the next step boundary; {}",
+            member.member,
+            member.job,
+            without(member)
+        ),
+    )
 }
 
 pub(crate) fn undrain(member: &Member) -> Result<(), Failure> {
     let connection = &member.connection;
-    print::talk(format_args!("{} stays in {}", member.member, member.job));
     connection.operate(async |client| client.undrain(member_request(member)).await)?;
-    done(connection)
+    done(connection, format_args!("{} stays in {}", member.member, member.job))
 }
 
 pub(crate) fn evict(member: &Member) -> Result<(), Failure> {
     let connection = &member.connection;
-    print::talk(format_args!("{} is taken out of {} now; {}", member.member, member.job, without(member)));
     connection.operate(async |client| client.evict(member_request(member)).await)?;
-    done(connection)
+    done(
+        connection,
+        format_args!("{} is taken out of {} now; {}", member.member, member.job, without(member)),
+    )
 }
 
 pub(crate) fn notice(notice: &Notice) -> Result<(), Failure> {
     let connection = &notice.connection;
-    print::talk(format_args!(
-        "{} will be gone from {} in {:?}; it leaves at a step boundary before that",
-        notice.member, notice.job, notice.left
-    ));
     let left_ms = u64::try_from(notice.left.as_millis()).unwrap_or(u64::MAX);
     let request = v1::NoticeRequest { job: notice.job.clone(), member: notice.member.clone(), left_ms };
     connection.operate(async |client| client.notice(request).await)?;
-    done(connection)
+    done(
+        connection,
+        format_args!(
+            "{} will be gone from {} in {:?}; it leaves at a step boundary before that",
+            notice.member, notice.job, notice.left
+        ),
+    )
 }
 
 pub(crate) fn resize(resize: &Resize) -> Result<(), Failure> {
     let connection = &resize.connection;
-    print::talk(format_args!("{} has {} to {} ranks from now on", resize.job, resize.min, resize.max));
     let request = v1::ResizeRequest { job: resize.job.clone(), min: resize.min, max: resize.max };
     connection.operate(async |client| client.resize(request).await)?;
-    done(connection)
+    done(connection, format_args!("{} has {} to {} ranks from now on", resize.job, resize.min, resize.max))
 }
 
 pub(crate) fn save(job: &Job) -> Result<(), Failure> {
     let connection = &job.connection;
-    print::talk(format_args!("{} makes a checkpoint at the next step boundary", job.job));
     connection.operate(async |client| client.save_now(job_request(job)).await)?;
-    done(connection)
+    done(connection, format_args!("{} makes a checkpoint at the next step boundary", job.job))
 }
 
 pub(crate) fn close(job: &Job) -> Result<(), Failure> {
     let connection = &job.connection;
-    print::talk(format_args!("{} ends at the next step boundary, for all its members", job.job));
     connection.operate(async |client| client.close(job_request(job)).await)?;
-    done(connection)
+    done(connection, format_args!("{} ends at the next step boundary, for all its members", job.job))
 }
 
 pub(crate) fn forget(job: &Job) -> Result<(), Failure> {
     let connection = &job.connection;
-    print::talk(format_args!("the record of {} is deleted; its checkpoints' files stay", job.job));
     connection.operate(async |client| client.forget(job_request(job)).await)?;
-    done(connection)
+    done(connection, format_args!("the record of {} is deleted; its checkpoints' files stay", job.job))
 }

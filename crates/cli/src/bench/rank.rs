@@ -51,8 +51,8 @@ pub(super) fn play() -> Result<()> {
             Order::Form { rank, size, next, secret } => {
                 let (generation, secret) = (Generation(1), Secret::new(secret));
                 let listener: &Listener = listener.as_ref().context("a rank must listen first")?;
-                let door = listener.open(generation, secret.clone());
                 let place = Place { generation, rank: Rank(rank), size: WorldSize(size), secret, next };
+                let door = listener.open_ring(&place);
                 group = Some(Group::form(&door, &place, &GroupOptions::default(), AbortHandle::new())?);
                 company::say(&Says::Formed)?;
             }
