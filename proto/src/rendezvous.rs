@@ -69,6 +69,7 @@ pub fn introduction(wire: v1::MemberMessage) -> Result<Introduction, BadIntroduc
             history: join.history.map(HistoryId),
             generation: Generation(join.generation),
             running: join.running,
+            available: join.available,
         },
     })
 }
@@ -88,6 +89,7 @@ pub fn from_introduction(introduction: &Introduction) -> v1::MemberMessage {
         history: join.history.map(|h| h.0),
         generation: join.generation.0,
         running: join.running,
+        available: join.available,
     });
     v1::MemberMessage { body: Some(body) }
 }
@@ -101,6 +103,7 @@ pub fn event(member: MemberId, wire: v1::MemberMessage, now: Timestamp) -> Check
     Ok(match need("body", wire.body)? {
         Body::Join(_) => return wrong("body", "a second join on one stream"),
         Body::Renew(m) => Event::Renew { member, generation: Generation(m.generation), step: Step(m.step) },
+        Body::Available(v1::Available {}) => Event::Available { member },
         Body::Leave(v1::Leave {}) => Event::Leave { member },
         Body::Ready(m) => {
             Event::Ready { member, generation: Generation(m.generation), holding: holding(m.holding)? }
@@ -165,6 +168,7 @@ pub fn from_event(event: &Event, now: Timestamp) -> Option<v1::MemberMessage> {
         Event::Renew { generation, step, .. } => {
             Body::Renew(v1::Renew { generation: generation.0, step: step.0 })
         }
+        Event::Available { .. } => Body::Available(v1::Available {}),
         Event::Leave { .. } => Body::Leave(v1::Leave {}),
         Event::Ready { generation, holding, .. } => {
             Body::Ready(v1::Ready { generation: generation.0, holding: from_holding(holding) })

@@ -122,6 +122,7 @@ fn a_status_arrives_as_it_was() {
         slots: 1,
         address: "h:1".to_owned(),
         attached: true,
+        available: true,
         lease_left: Duration::from_micros(7),
         drain: Some(Drain { deadline: None, by_notice: false }),
         step: Step(5),

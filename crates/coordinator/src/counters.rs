@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use reknit_membership::Event;
 
 /// The kinds of messages that members send.
-pub const KINDS: [&str; 14] = [
+pub const KINDS: [&str; 15] = [
     "join",
     "renew",
     "leave",
@@ -23,6 +23,7 @@ pub const KINDS: [&str; 14] = [
     "save_failed",
     "manifest_written",
     "notice",
+    "available",
 ];
 
 /// Counts since the start.
@@ -51,6 +52,7 @@ impl Counters {
             Event::SaveFailed { .. } => 11,
             Event::ManifestWritten { .. } => 12,
             Event::Notice { .. } => 13,
+            Event::Available { .. } => 14,
             Event::Detached { .. } | Event::Operate { .. } | Event::Stalled { .. } | Event::Tick => return,
         };
         self.received[kind].fetch_add(1, Ordering::Relaxed);

@@ -562,6 +562,7 @@ fn speaker(event: &Event) -> Option<MemberId> {
         | Event::Detached { member }
         | Event::Renew { member, .. }
         | Event::Leave { member }
+        | Event::Available { member }
         | Event::Ready { member, .. }
         | Event::Restored { member, .. }
         | Event::RestoreFailed { member, .. }

@@ -113,6 +113,7 @@ async fn attach_with(handle: &JobHandle, name: &str, connection: u64, room: usiz
         history: None,
         generation: Generation(0),
         running: false,
+        available: true,
     };
     let outbound = Outbound { connection: ConnectionId(connection), sender };
     handle.send(Input::Attach { member: member(name), join, outbound }).await.unwrap();

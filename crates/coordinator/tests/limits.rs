@@ -72,6 +72,7 @@ fn introduction(job: &str, member: u64) -> v1::MemberMessage {
         history: None,
         generation: Generation(0),
         running: false,
+        available: true,
     };
     from_introduction(&Introduction { job: JobId::new(job).unwrap(), member: MemberId(member), join })
 }

@@ -28,6 +28,8 @@ pub struct Join {
     pub generation: Generation,
     /// Whether it was told to go in that world.
     pub running: bool,
+    /// Whether its program has asked for a world: see [`Event::Available`].
+    pub available: bool,
 }
 
 /// Something that happened.
@@ -53,6 +55,12 @@ pub enum Event {
         generation: Generation,
         /// The last step it has committed.
         step: Step,
+    },
+    /// A member's program asks for a world. Until then it may be doing anything, like reading its data for an hour, and
+    /// gets no place (rule M-16).
+    Available {
+        /// Who.
+        member: MemberId,
     },
     /// A member says goodbye.
     Leave {

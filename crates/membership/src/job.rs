@@ -48,7 +48,7 @@ pub struct Job {
     names: BTreeMap<MemberName, MemberId>,
     /// Counts joins: newcomers get their ranks in the order in which they came.
     arrivals: u64,
-    /// Ranks that all members bring together: an upper bound that costs no pass over them.
+    /// Ranks that all available members bring together: an upper bound that costs no pass over them.
     slots_total: u32,
     pub(crate) phase: Phase,
     pub(crate) savings: Savings,
@@ -96,6 +96,8 @@ pub(crate) struct Member {
     pub(crate) lease: Timestamp,
     /// The last world it is known to have been told of.
     pub(crate) heard: Generation,
+    /// Whether its program has asked for a world.
+    pub(crate) available: bool,
     /// Its place in the last published world.
     pub(crate) seat: Option<u32>,
     /// The last step it said it committed.
@@ -169,6 +171,7 @@ impl Job {
                     stream: Stream::Unseen,
                     lease: takeover,
                     heard: Generation(0),
+                    available: true,
                     seat: Some(index as u32),
                     step: Step(0),
                 },
@@ -227,6 +230,7 @@ impl Job {
             Event::Attach { member, join } => self.attach(member, join, &mut out),
             Event::Detached { member } => self.detached(member, &mut out),
             Event::Renew { member, generation, step } => self.renew(member, generation, step, &mut out),
+            Event::Available { member } => self.available(member, &mut out),
             Event::Leave { member } => self.leave(member, &mut out),
             Event::Ready { member, generation, holding } => self.ready(member, generation, holding, &mut out),
             Event::Restored { member, generation, attempt, resume, moved } => {

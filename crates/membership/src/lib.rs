@@ -41,6 +41,7 @@
 //! | M-13 | Planned changes merge: they cost one generation, taken at a step boundary. |
 //! | M-14 | A checkpoint counts only when every rank of its world reported its part with one digest of the state. |
 //! | M-15 | Two members that name the same state hold the same bytes: a state goes by the world that computed it. |
+//! | M-16 | A member gets a place only once its program has asked for one: what a program does before holds nobody up. |
 
 #![forbid(unsafe_code)]
 #![deny(clippy::wildcard_enum_match_arm)]

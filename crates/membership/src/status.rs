@@ -38,6 +38,8 @@ pub struct MemberStatus {
     pub address: String,
     /// Whether its stream is up.
     pub attached: bool,
+    /// Whether its program has asked for a world.
+    pub available: bool,
     /// How long its lease still lasts.
     pub lease_left: Duration,
     /// Whether and until when it leaves.
@@ -98,6 +100,7 @@ impl Job {
                     slots: m.slots,
                     address: m.address.clone(),
                     attached: m.stream == Stream::Up,
+                    available: m.available,
                     lease_left: m.lease.since(self.now),
                     drain: self.record.drains.get(member).copied(),
                     step: m.step,

@@ -58,6 +58,7 @@ impl Crowd {
                 history: self.history,
                 generation: if self.history.is_some() { self.generation() } else { Generation(0) },
                 running: matches!(self.job.phase(), PhaseName::Running),
+                available: true,
             };
             self.step(Event::Attach { member: MemberId(id), join });
         }

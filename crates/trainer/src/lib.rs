@@ -74,6 +74,7 @@
 //! | T-5 | A state is never half of one step and half of another: a restore that was broken off is done again, whole. |
 //! | T-6 | Nothing is sent to the coordinator per step. |
 //! | T-7 | A checkpoint that cannot be written costs no step and leaves nothing behind; the last step's is made if it can be. |
+//! | T-8 | A worker that has joined and has not yet asked for a step holds nobody up. |
 //!
 //! # Reading order
 //! [`options`] what a program says · [`trainer`] joining, and the next step · [`step`] one step · [`order`] which samples

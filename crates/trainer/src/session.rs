@@ -90,6 +90,8 @@ pub struct Session {
     serving: Option<Generation>,
     /// What the program holds, while it is at rest.
     rest: Option<Holding>,
+    /// Whether the program has ever been at rest: from then on it can be given a place.
+    available: bool,
     step: Step,
     /// The part of a checkpoint that is being written.
     writing: Option<(Generation, Step)>,
@@ -117,6 +119,7 @@ impl Session {
             world: None,
             serving: None,
             rest: None,
+            available: false,
             step: Step(0),
             writing: None,
             saves: BTreeMap::new(),
@@ -152,6 +155,7 @@ impl Session {
             history: self.history.filter(|_| self.placed),
             generation: self.generation(),
             running: self.world.as_ref().is_some_and(|world| world.go.is_some()),
+            available: self.available,
         }
     }
 
@@ -311,6 +315,10 @@ impl Session {
     fn unanswered(&self) -> Vec<Event> {
         let member = self.member;
         let mut events = Vec::new();
+        if self.available && self.world.is_none() {
+            // It may have become so since it introduced itself.
+            events.push(Event::Available { member });
+        }
         if let Some(deadline) = self.notice {
             events.push(Event::Notice { member, deadline });
         }
@@ -501,10 +509,14 @@ impl Session {
         })
     }
 
-    /// The program has come to rest and holds this.
+    /// The program has come to rest and holds this. The first time, it asks for a world by that.
     pub fn at_rest(&mut self, holding: Holding) -> Vec<Output> {
         self.rest = Some(holding);
-        let mut out = self.rests();
+        let mut out = Vec::new();
+        if !std::mem::replace(&mut self.available, true) {
+            out.push(Output::Send(Event::Available { member: self.member }));
+        }
+        out.extend(self.rests());
         out.extend(self.ready());
         out
     }

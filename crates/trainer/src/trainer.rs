@@ -74,7 +74,10 @@ impl Handle {
 }
 
 impl Trainer {
-    /// Joins a job. Returns once the coordinator has let this worker in; the world is formed by [`Trainer::next_step`].
+    /// Joins a job. Returns once the coordinator has let this worker in.
+    ///
+    /// It gets a place only once [`Trainer::next_step`] has been called: what the program does before, like reading its
+    /// data, holds nobody up.
     ///
     /// # Errors
     /// [`TrainError`] if the coordinator cannot be reached or refuses, if the data plane cannot listen, if checkpoints

@@ -139,6 +139,30 @@ fn t5_a_transfer_whose_source_goes_away_is_done_again_whole_from_the_others() {
 }
 
 #[test]
+fn t8_who_has_joined_and_not_asked_for_a_step_holds_nobody_up() {
+    let job = Job::new(0);
+    let (a, b) = (job.worker("a", None), job.worker("b", None));
+    job.steps(20);
+    // It reads its data, say, for as long as it likes.
+    let options = Options::new(job.coordinator.url(), "job", ORDER).unwrap().workers(1, 8).unwrap();
+    let mut state = NamedTensors::new().with_f64("sums", [2], vec![0.0; 2]);
+    let mut slow = Trainer::join(options.name("slow").unwrap(), &state).unwrap();
+    let before = job.generation();
+    let c = job.worker("c", None);
+    job.new_world(before);
+    let members = job.coordinator.members("job");
+    assert!(["a", "b", "c"].iter().all(|name| members[*name].rank.is_some()));
+    assert!(members["slow"].attached && !members["slow"].available && members["slow"].rank.is_none());
+    // When it asks, it gets a place, and what the others have.
+    let before = job.generation();
+    let step = slow.next_step(&mut state).unwrap().unwrap();
+    assert!(step.index() >= 20 && step.world_size() == 4 && step.generation() > before);
+    drop(slow);
+    job.ends();
+    check(&job, &[a.outcome(), b.outcome(), c.outcome()]);
+}
+
+#[test]
 fn a_newcomer_gets_its_state_from_members_that_are_to_leave() {
     let job = Job::new(1 << 20);
     let a = job.worker("a", None);

@@ -80,6 +80,7 @@ pub(crate) fn events() -> Vec<Event> {
     let (member, generation, step) = (ME, Generation(u64::MAX), Step(12));
     let mut events = vec![
         Event::Renew { member, generation, step },
+        Event::Available { member },
         Event::Leave { member },
         Event::Restored {
             member,
@@ -117,6 +118,7 @@ pub(crate) fn introduction() -> Introduction {
         history: Some(HistoryId(0)),
         generation: Generation(6),
         running: true,
+        available: true,
     };
     Introduction { job: JobId::new("job").unwrap(), member: ME, join }
 }

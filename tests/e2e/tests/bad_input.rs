@@ -110,6 +110,7 @@ fn introduction(job: &str, name: &str, spec: Spec) -> Introduction {
         history: None,
         generation: Generation(0),
         running: false,
+        available: true,
     };
     let member = MemberId(name.bytes().fold(7, |id, byte| id * 31 + u64::from(byte)));
     Introduction { job: JobId::new(job).unwrap(), member, join }

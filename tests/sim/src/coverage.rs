@@ -63,6 +63,7 @@ pub const EXPECTED: &[&str] = &[
     "a part of a checkpoint cannot be written",
     "a part of a checkpoint is given up",
     "a plan is void before it is carried out",
+    "a program asks for a world only after it was let in",
     "a program leaves",
     "a restore fails because of a source",
     "a restore is interrupted",

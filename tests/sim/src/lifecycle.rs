@@ -94,7 +94,9 @@ impl Sim {
         });
         let attempt = self.processes[process].connect_turn;
         self.within((0, 50), Happening::Connects { process, attempt });
-        self.turn_within(process, (0, 50));
+        // A program may do a lot before it asks for a world.
+        let straggles = self.rng.chance(self.options.faults.straggle) && self.stage == Stage::Chaos;
+        self.turn_within(process, (0, if straggles { 5_000 } else { 50 }));
     }
 
     /// What the program of a machine starts with.

@@ -126,6 +126,9 @@ impl Sim {
             resume.step = Step(resume.step.0 + 1);
         }
         p.rest += 1;
+        if p.rest == 1 && p.session.is_attached() {
+            self.coverage.hit("a program asks for a world only after it was let in");
+        }
         self.bring(process, |session| session.at_rest(holding));
         let world = self.processes[process].generation();
         self.log(50, process as u64, |sim| {

@@ -139,6 +139,7 @@ fn member_state(member: &MemberStatus) -> &'static str {
     match (member.drain, member.attached, member.rank) {
         (Some(_), _, _) => "draining",
         (None, false, _) => "detached",
+        (None, true, None) if !member.available => "starting",
         (None, true, None) => "spare",
         (None, true, Some(_)) => "in",
     }

@@ -89,7 +89,7 @@ impl Forming {
         forming
     }
 
-    /// A joiner may be followed by another.
+    /// Who asks for a world may be followed by another.
     pub(super) fn last_call_again(&mut self, now: Timestamp, timing: &Timing) {
         if let Some(call) = &mut self.last_call {
             call.until = now.after(timing.last_call).min(call.at_most);
@@ -232,7 +232,8 @@ impl Job {
     }
 
     /// Who could be in the next world, in rank order: survivors as they were, then the others as they came (rule M-3).
-    /// Members that leave are no candidates, nor are members that could not be told.
+    /// Members that leave are no candidates, nor are members that could not be told or have not asked for a world yet
+    /// (rule M-16).
     pub(super) fn candidates(&self) -> Vec<(MemberId, u32)> {
         let running = matches!(self.phase, Phase::Running(_));
         let mut found: Vec<((u32, u64), MemberId, u32)> = self
@@ -241,7 +242,7 @@ impl Job {
             .filter(|(member, m)| {
                 // In a running world a lost stream is only a hint.
                 let reachable = m.stream == Stream::Up || (running && m.seat.is_some());
-                reachable && !self.record.drains.contains_key(member)
+                reachable && m.available && !self.record.drains.contains_key(member)
             })
             .map(|(member, m)| ((m.seat.unwrap_or(u32::MAX), m.arrival), *member, m.slots))
             .collect();

@@ -40,21 +40,41 @@ impl Job {
             m.heard = m.heard.max(told);
             self.adrift.remove(&member);
         }
+        let asks = join.available && self.becomes_available(member);
         self.extend_lease(member);
         let renew_every = self.timing.renew_every(self.members.len());
         out.tell(member, Message::Attached { history: self.record.history, renew_every });
         self.retell(member, told, join.running, out);
-        self.after_attach(member, is_new, out);
+        self.after_attach(member, asks, out);
         self.tell_draining(member, out);
     }
 
-    /// What a member that has come, or come back, makes possible. A repeated join changes nothing (rule M-9).
-    fn after_attach(&mut self, member: MemberId, is_new: bool, out: &mut Out) {
+    /// Whether this is news.
+    fn becomes_available(&mut self, member: MemberId) -> bool {
+        let Some(m) = self.members.get_mut(&member).filter(|m| !m.available) else { return false };
+        m.available = true;
+        self.slots_total = self.slots_total.saturating_add(m.slots);
+        true
+    }
+
+    pub(super) fn available(&mut self, member: MemberId, out: &mut Out) {
+        if !self.members.contains_key(&member) {
+            return self.refuse_stranger(member, out);
+        }
+        self.extend_lease(member);
+        if self.becomes_available(member) {
+            self.after_attach(member, true, out);
+        }
+    }
+
+    /// What a member that has come, or come back, or `asks` for a world now makes possible. A repeated join changes
+    /// nothing (rule M-9).
+    fn after_attach(&mut self, member: MemberId, asks: bool, out: &mut Out) {
         self.release_if_drained(member, out);
         let Some(seated) = self.members.get(&member).map(|m| m.seat.is_some()) else { return };
         match &mut self.phase {
             Phase::Forming(forming) => {
-                if is_new {
+                if asks {
                     forming.last_call_again(self.now, &self.timing);
                 }
                 self.try_form(out);
@@ -67,7 +87,7 @@ impl Job {
                 }
                 self.ask_boundary(out);
             }
-            Phase::Running(_) if !seated => self.consider_spare(member, is_new, out),
+            Phase::Running(_) if !seated => self.consider_spare(member, asks, out),
             // It may have replaced one that others get their state from.
             Phase::Restoring(_) => self.restore_on(out),
             Phase::Running(_) | Phase::Closed(_) => {}
@@ -125,7 +145,6 @@ impl Job {
         }
         self.record.shape.get_or_insert(join.shape);
         self.arrivals += 1;
-        self.slots_total = self.slots_total.saturating_add(join.slots);
         out.note(Note::Joined { member, name: join.name.clone() });
         self.names.insert(join.name.clone(), member);
         self.members.insert(
@@ -138,6 +157,7 @@ impl Job {
                 stream: Stream::Up,
                 lease: self.now,
                 heard: Generation(0),
+                available: false,
                 seat: None,
                 step: Step(0),
             },
@@ -416,7 +436,9 @@ impl Job {
     /// Strikes a member off. If it had a seat in a living world, that world is over.
     pub(super) fn lose(&mut self, member: MemberId, how: Departure, out: &mut Out) {
         let Some(lost) = self.members.remove(&member) else { return };
-        self.slots_total = self.slots_total.saturating_sub(lost.slots);
+        if lost.available {
+            self.slots_total = self.slots_total.saturating_sub(lost.slots);
+        }
         out.note(Note::Departed { member, name: lost.name.clone(), how });
         let last_word = match how {
             Departure::Drained => Message::Released,

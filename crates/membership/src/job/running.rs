@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{Job, Out, Phase};
+use super::{Job, Member, Out, Phase};
 use crate::event::Message;
 use crate::holding::Holding;
 use crate::ids::{Generation, MemberId, Step, Timestamp};
@@ -133,20 +133,20 @@ impl Job {
         self.running_due(out);
     }
 
-    /// A member that is not in the world has come. Joiners come by the thousand: a pass over all members only if this
+    /// A member that is not in the world has come, or asks for a place. Joiners come by the thousand: a pass over all members only if this
     /// one may make a difference (rule M-12).
-    pub(super) fn consider_spare(&mut self, member: MemberId, is_new: bool, out: &mut Out) {
+    pub(super) fn consider_spare(&mut self, member: MemberId, asks: bool, out: &mut Out) {
         let Phase::Running(running) = &mut self.phase else { return };
-        let slots = self.members.get(&member).map_or(0, |m| m.slots);
-        let fits = slots <= self.record.spec.max.saturating_sub(self.roster.size.0);
+        let Some(Member { available: true, slots, .. }) = self.members.get(&member) else { return };
+        let fits = *slots <= self.record.spec.max.saturating_sub(self.roster.size.0);
         match &mut running.change {
             None if !fits => {}
             Some(Change { when: When::Quiet { .. }, last, .. }) => {
-                if is_new && fits {
+                if asks && fits {
                     *last = self.now;
                 }
             }
-            Some(Change { when: When::At(_), .. }) | None => self.review(is_new, out),
+            Some(Change { when: When::At(_), .. }) | None => self.review(asks, out),
         }
     }
 

@@ -248,6 +248,7 @@ const SETTING: Setting = Setting {
     places: 3,
     started: 3,
     strangers: false,
+    late: false,
     wide: false,
     resize_to: (1, 2),
     last_step: None,
@@ -286,6 +287,7 @@ fn spelled(text: &str) -> Setting {
             "places" => setting.places = usize::from(value),
             "started" => setting.started = usize::from(value),
             "strangers" => setting.strangers = value > 0,
+            "late" => setting.late = value > 0,
             "wide" => setting.wide = value > 0,
             "min" => setting.spec.min = u32::from(value),
             "max" => setting.spec.max = u32::from(value),
@@ -335,6 +337,12 @@ fn a_walk_that_the_environment_asks_for() {
 #[test]
 fn three_members_die_and_come_back() {
     walk(&["deaths=2", "deaths=1 starts=1", "min=2 deaths=1 starts=1", "last_step=1 deaths=1 starts=1"]);
+}
+
+/// Rule M-16.
+#[test]
+fn three_members_ask_for_a_world_late() {
+    walk(&["late=1 deaths=1", "late=1 blips=1", "late=1 crashes=1", "late=1 min=2 starts=1 deaths=1"]);
 }
 
 #[test]

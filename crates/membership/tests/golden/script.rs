@@ -50,6 +50,7 @@ struct Actor {
     generation: Generation,
     rank: Rank,
     running: bool,
+    available: bool,
     plan: Option<Plan>,
     attached: bool,
     hangs: bool,
@@ -201,6 +202,10 @@ impl Stage {
                 return None;
             }
             "renew" => Event::Renew { member, generation, step: job_step },
+            "ask" => {
+                actor.available = true;
+                Event::Available { member }
+            }
             "leave" => Event::Leave { member },
             "ready" => Event::Ready { member, generation, holding: holding(&rest.plain[0]) },
             "boundary" => Event::Boundary { member, generation, holding: holding(&rest.plain[0]) },
@@ -279,7 +284,9 @@ impl Stage {
             history: rest.number("history").map(HistoryId).or(actor.history),
             generation: rest.number("knows").map_or(actor.generation, Generation),
             running: actor.running,
+            available: rest.number("early").is_none() || actor.available,
         };
+        actor.available = join.available;
         Event::Attach { member: *member, join }
     }
 

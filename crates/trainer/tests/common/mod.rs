@@ -74,6 +74,16 @@ impl Coordinator {
         });
     }
 
+    /// The members of a job, by name.
+    pub(crate) fn members(&self, job: &str) -> BTreeMap<String, v1::MemberStatus> {
+        let request = v1::StatusRequest { job: job.to_owned(), members_max: 0 };
+        self.client.block_on(async {
+            let mut client = InspectClient::connect(self.url.clone()).await.unwrap();
+            let members = client.status(request).await.unwrap().into_inner().members;
+            members.into_iter().map(|member| (member.name.clone(), member)).collect()
+        })
+    }
+
     /// What members have sent since the start, by kind.
     pub(crate) fn received(&self) -> BTreeMap<String, u64> {
         self.client.block_on(async {

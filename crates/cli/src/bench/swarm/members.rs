@@ -249,6 +249,7 @@ impl Shared {
             history: None::<HistoryId>,
             generation: Generation(0),
             running: false,
+            available: true,
         })
     }
 

@@ -42,6 +42,8 @@ pub(super) struct Setting {
     pub(super) started: usize,
     /// Whether every process starts from a state of its own.
     pub(super) strangers: bool,
+    /// Whether programs do something else before they ask for a world.
+    pub(super) late: bool,
     /// Whether the first place brings two ranks.
     pub(super) wide: bool,
     pub(super) resize_to: (u32, u32),
@@ -57,6 +59,7 @@ pub(super) enum Action {
     Attach(usize),
     Deliver(usize),
     Say(usize),
+    Ask(usize),
     StreamEnds(usize),
     GhostEnds(usize),
     Notice(usize),
@@ -119,6 +122,9 @@ impl Model {
             }
             if !p.stream && p.incarnations < INCARNATIONS_MAX {
                 actions.push(Action::Attach(place));
+            }
+            if !p.available {
+                actions.push(Action::Ask(place));
             }
             if p.stream && p.word().is_some() {
                 actions.push(Action::Say(place));

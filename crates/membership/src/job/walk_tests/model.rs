@@ -96,6 +96,8 @@ impl Model {
             lags: false,
             inbox: std::collections::VecDeque::new(),
             history: None,
+            available: !setting.late,
+            available_due: false,
             world: None,
             held: if place < setting.started { Held::Fresh(place % roots) } else { Held::Torn },
             notice: None,
@@ -151,6 +153,12 @@ impl Model {
             Action::Attach(place) => return Some(self.attach(place, setting)),
             Action::Deliver(place) => self.deliver(place),
             Action::Say(place) => return self.say(place),
+            Action::Ask(place) => {
+                let p = &mut self.processes[place];
+                p.available = true;
+                // Said before it is let in, it is lost.
+                p.available_due = p.stream;
+            }
             Action::StreamEnds(place) => {
                 self.budget.blips -= u8::from(self.processes[place].alive && self.budget.blips > 0);
                 self.processes[place].stream = false;
@@ -260,6 +268,7 @@ impl Model {
         p.stream = false;
         p.came_back = false;
         p.history = None;
+        p.available = !setting.late;
         p.held = Held::Fresh(place % roots);
     }
 
@@ -275,7 +284,10 @@ impl Model {
             history: p.history,
             generation: p.generation(),
             running: p.world.as_ref().is_some_and(|world| world.go),
+            available: p.available,
         };
+        // Only who asks later, or might have, says so once more.
+        p.available_due &= setting.late;
         Event::Attach { member: p.id, join }
     }
 

@@ -108,6 +108,7 @@ impl Halt {
 /// Something that a process has to say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Word {
+    Available,
     Halt,
     Rest,
     Ready,
@@ -145,6 +146,10 @@ pub(super) struct Process {
     pub(super) lags: bool,
     pub(super) inbox: VecDeque<Message>,
     pub(super) history: Option<HistoryId>,
+    /// Whether its program has asked for a world …
+    pub(super) available: bool,
+    /// … and whether that has still to be said.
+    pub(super) available_due: bool,
     pub(super) world: Option<World>,
     pub(super) held: Held,
     pub(super) notice: Option<Timestamp>,
@@ -171,6 +176,7 @@ impl Process {
         self.stream = true;
         self.lags = false;
         self.inbox.clear();
+        self.available_due = self.available && self.world.is_none();
         for save in &mut self.saves {
             save.shard_due = true;
             save.manifest = save.manifest.map(|_| true);
@@ -303,11 +309,15 @@ impl Process {
         self.world = None;
         self.saves.clear();
         self.notice = None;
+        self.available_due = false;
         self.held = Held::Torn;
     }
 
     /// What it has to say next, if anything.
     pub(super) fn word(&self) -> Option<Word> {
+        if self.available_due {
+            return Some(Word::Available);
+        }
         if let Some(world) = &self.world {
             match world.halt {
                 Some(
@@ -344,6 +354,10 @@ impl Process {
     pub(super) fn says(&mut self) -> Option<Event> {
         let (member, held) = (self.id, self.held);
         match (self.word()?, &mut self.world) {
+            (Word::Available, _) => {
+                self.available_due = false;
+                Some(Event::Available { member })
+            }
             (Word::Shard(i), _) => {
                 let save = &mut self.saves[i];
                 save.shard_due = false;

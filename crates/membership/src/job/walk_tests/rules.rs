@@ -112,6 +112,8 @@ fn check_told(
             let same = world
                 .zip(index)
                 .is_some_and(|(world, seat)| *place == world.place(seat, world.roster(), place.renew_every));
+            let has_not = before.processes.iter().any(|p| p.id == member && !p.available);
+            rule(!has_not, "M-16", || format!("{member:?} has not asked for a world, and gets a place"))?;
             rule(stage && live(place.generation) && same, "M-5", told)
         }
         Message::Plan(plan) => rule(live(plan.generation) && durable.stage == Stage::Published, "M-5", told),
@@ -175,6 +177,7 @@ fn check_strangers(before: &Model, event: &Event, t: &Transition, job: &Job) -> 
     let member = match event {
         Event::Detached { member }
         | Event::Renew { member, .. }
+        | Event::Available { member }
         | Event::Leave { member }
         | Event::Ready { member, .. }
         | Event::Restored { member, .. }
@@ -277,7 +280,7 @@ fn check_indices(job: &Job) -> Checked {
     rule(job.adrift == ids(&|m| m.seat.is_some() && m.stream != Stream::Up), "index", || {
         "adrift".to_owned()
     })?;
-    let slots: u32 = job.members.values().map(|m| m.slots).sum();
+    let slots: u32 = job.members.values().filter(|m| m.available).map(|m| m.slots).sum();
     rule(job.slots_total == slots, "index", || "slots_total".to_owned())?;
     let names: BTreeMap<_, _> = job.members.iter().map(|(id, m)| (m.name.clone(), *id)).collect();
     rule(job.names == names && names.len() == job.members.len(), "index", || "names".to_owned())?;
