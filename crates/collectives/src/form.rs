@@ -164,6 +164,7 @@ pub(crate) fn connect(
     let purpose = Purpose::Ring { from: rank, to: next_rank };
     let failed = |source| match source {
         DialError::Aborted { reason } => FormError::Aborted { reason },
+        DialError::System { source } => FormError::System { source },
         source => FormError::Next { rank: next_rank, source },
     };
     let next = dial(addr, purpose, generation, secret, deadline, abort).map_err(failed)?;

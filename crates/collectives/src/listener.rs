@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use crate::acceptor::Acceptor;
 use crate::door::Door;
 use crate::doors::Doors;
 use crate::form::Place;
+use crate::lock;
 use crate::secret::Secret;
 
 /// The limits on what strangers can make a [`Listener`] do.
@@ -70,7 +71,7 @@ pub enum ListenError {
 pub struct Listener {
     addr: SocketAddr,
     doors: Arc<Doors>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Listener {
@@ -87,7 +88,7 @@ impl Listener {
             .name("reknit-accept".to_owned())
             .spawn(move || acceptor.run())
             .map_err(system)?;
-        Ok(Listener { addr: local, doors, thread: Some(thread) })
+        Ok(Listener { addr: local, doors, thread: Mutex::new(Some(thread)) })
     }
 
     /// Where it listens, with the port it was given.
@@ -109,14 +110,20 @@ impl Listener {
         let Place { generation, ref secret, rank, size, .. } = *place;
         Door::new(self.doors.open(generation, secret.clone(), Some((rank, size))), self.doors.clone())
     }
+
+    /// Closes all doors before it is dropped, and frees the port.
+    pub fn close(&self) {
+        self.doors.stop();
+        let thread = lock(&self.thread).take();
+        if let Some(thread) = thread {
+            // It can only have panicked, and has said so on its own.
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        self.doors.stop();
-        if let Some(thread) = self.thread.take() {
-            // It can only have panicked, and has said so on its own.
-            let _ = thread.join();
-        }
+        self.close();
     }
 }

@@ -29,8 +29,6 @@ use crate::session::{Output, Session};
 pub(crate) enum ToProgram {
     /// Its directive may have changed.
     Wake,
-    /// The ring of a world stands.
-    Group(Box<Group>),
     /// Another member wants state.
     Serve(StateConnection),
 }
@@ -90,6 +88,8 @@ pub(crate) struct Hub {
     /// What ends the ring, and the moving of state, of the present world.
     ring: Mutex<Option<Ring>>,
     serving: Mutex<Option<Serving>>,
+    /// The ring of the newest world that has one, until the program takes it.
+    group: Mutex<Option<Group>>,
     to_saves: std_mpsc::Sender<ToSaves>,
     on_notice: Option<NoticeCallback>,
     noticed: AtomicBool,
@@ -120,6 +120,7 @@ impl Hub {
             to_program,
             ring: Mutex::new(None),
             serving: Mutex::new(None),
+            group: Mutex::new(None),
             to_saves,
             on_notice,
             noticed: AtomicBool::new(false),
@@ -142,16 +143,27 @@ impl Hub {
         // The lock is held while the outputs are handed on, so that two threads' news cannot overtake each other. None
         // of the ways blocks.
         let mut session = lock(&self.session);
+        let mut refused = None;
         for output in news(&mut session) {
-            self.carry_out(output);
+            if let Err(why) = self.carry_out(output) {
+                refused = Some(why);
+            }
+        }
+        if let Some(why) = refused {
+            // Nothing that follows from this needs a thread.
+            for output in session.machine_failed(why) {
+                let _ = self.carry_out(output);
+            }
         }
     }
 
-    fn carry_out(self: &Arc<Hub>, output: Output) {
+    /// # Errors
+    /// What the operating system does not give this process.
+    fn carry_out(self: &Arc<Hub>, output: Output) -> Result<(), String> {
         match output {
             Output::Send(event) => self.say(ToLink::Say(event)),
             Output::Reconnect => self.say(ToLink::Reconnect),
-            Output::Form { place, secret } => self.form(place, secret),
+            Output::Form { place, secret } => return self.form(place, secret),
             Output::Abort { generation } => self.abort(generation),
             Output::AbandonPlan { generation } => self.abandon_plan(generation),
             Output::Serve { generation, secret } => self.serve(generation, secret),
@@ -165,6 +177,7 @@ impl Hub {
             Output::Notice { left } => self.notice_arrived(left),
             Output::Committed { kept } => self.tell_saves(ToSaves::Committed { kept }),
         }
+        Ok(())
     }
 
     pub(crate) fn say(&self, what: ToLink) {
@@ -182,14 +195,36 @@ impl Hub {
         let _ = self.to_saves.send(what);
     }
 
-    fn form(self: &Arc<Hub>, place: Place, secret: SecretBytes) {
+    fn form(self: &Arc<Hub>, place: Place, secret: SecretBytes) -> Result<(), String> {
         let abort = AbortHandle::new();
         let (generation, moving) = (place.generation, AbortHandle::new());
         let ring = Ring { generation, secret, abort: abort.clone(), moving };
         if let Some(old) = lock(&self.ring).replace(ring) {
             old.abort();
         }
-        ring::form_in_background(self, place, secret, abort);
+        ring::form_in_background(self, place, secret, abort)
+    }
+
+    /// The ring of a world stands. One that comes after a newer world's is of no use.
+    pub(crate) fn put_group(&self, new: Group) {
+        let mut group = lock(&self.group);
+        let is_late = group.as_ref().is_some_and(|group| group.generation() > new.generation());
+        let old = if is_late { Some(new) } else { group.replace(new) };
+        drop(group);
+        // Its threads are waited for: not under a lock.
+        drop(old);
+    }
+
+    /// The ring of `generation`, if it stands and no newer one does.
+    pub(crate) fn take_group(&self, generation: Generation) -> Option<Group> {
+        lock(&self.group).take_if(|group| group.generation() == generation)
+    }
+
+    /// The program is done: nobody gets in any more, and the port is free.
+    pub(crate) fn close(&self) {
+        let group = lock(&self.group).take();
+        drop(group);
+        self.listener.close();
     }
 
     fn abort(&self, generation: Generation) {

@@ -5,16 +5,20 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
-use reknit_collectives::{AbortHandle, Door, Group, GroupOptions, Place as RingPlace, Secret};
+use reknit_collectives::{AbortHandle, Door, FormError, Group, GroupOptions, Place as RingPlace, Secret};
 use reknit_membership::world::Place;
 use reknit_membership::{Generation, Rank, WorldSize};
 use reknit_proto::rendezvous::SecretBytes;
 
 use crate::hub::{Hub, ToProgram};
+use crate::saves::explained;
 
-/// How long a ring may take to build and a collective may stand still. Both end sooner, by an abort, when a member is
-/// lost; these only catch what nobody notices, so they must outlast the slowest step of any program.
-const PATIENCE: Duration = Duration::from_secs(30 * 60);
+/// How long a ring may take to build. No program is waited for, only the neighbours' libraries: what takes longer is a
+/// way between two machines that is blocked, and the coordinator is to hear of it.
+const FORM: Duration = Duration::from_secs(30);
+/// How long a collective may stand still. It ends sooner, by an abort, when a member is lost; this only catches what
+/// nobody notices, so it must outlast the slowest step of any program.
+const STALL: Duration = Duration::from_secs(30 * 60);
 
 /// How often the door is looked at to see whether the world is over.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -22,7 +26,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// An address that nobody listens on.
 const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
 
-pub(crate) fn form_in_background(hub: &Arc<Hub>, place: Place, secret: SecretBytes, abort: AbortHandle) {
+/// # Errors
+/// If there is no thread for it.
+pub(crate) fn form_in_background(
+    hub: &Arc<Hub>,
+    place: Place,
+    secret: SecretBytes,
+    abort: AbortHandle,
+) -> Result<(), String> {
     // The door opens before anybody else can know that this member knows: whoever dials finds it open.
     let ring_place = RingPlace {
         generation: place.generation,
@@ -42,14 +53,12 @@ pub(crate) fn form_in_background(hub: &Arc<Hub>, place: Place, secret: SecretByt
         }
     };
     let thread = std::thread::Builder::new().name(format!("reknit-world-{generation}"));
-    if let Err(why) = thread.spawn(keeper) {
-        tracing::error!(%generation, error = %why, "no thread for the ring");
-    }
+    thread.spawn(keeper).map(drop).map_err(|why| format!("no thread for the ring: {why}"))
 }
 
 fn keep(hub: &Arc<Hub>, door: &Door, place: &Place, ring_place: &RingPlace, abort: &AbortHandle) {
     let generation = place.generation;
-    let options = GroupOptions { form: PATIENCE, stall: PATIENCE, ..GroupOptions::default() };
+    let options = GroupOptions { form: FORM, stall: STALL, ..GroupOptions::default() };
     match Group::form(door, ring_place, &options, abort.clone()) {
         Ok(mut group) => {
             let lost = {
@@ -61,10 +70,14 @@ fn keep(hub: &Arc<Hub>, door: &Door, place: &Place, ring_place: &RingPlace, abor
                 }
             };
             group.on_neighbour_lost(lost);
-            hub.tell_program(ToProgram::Group(Box::new(group)));
+            // Handed over before the world is answered: whoever is told to go finds it.
+            hub.put_group(group);
             hub.bring(|session| session.formed(generation));
         }
         Err(_) if abort.is_aborted() => return,
+        Err(why @ FormError::System { .. }) => {
+            return hub.bring(|session| session.machine_failed(explained(&why)));
+        }
         Err(why) => {
             tracing::warn!(%generation, error = %why, "the ring could not be built");
             let suspects = why.suspect().map(|rank| member_rank(place, rank)).into_iter().collect();

@@ -13,7 +13,7 @@
 mod output;
 mod saves;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use reknit_membership::event::{Event, Join, Message};
@@ -99,7 +99,11 @@ pub struct Session {
     saves: BTreeMap<(Generation, Step), Vec<Event>>,
     /// The newest checkpoint that was committed, as far as it was told since its world began.
     committed: Option<Step>,
+    /// Parts of checkpoints that could not be written, as far as others may still wait for them.
+    failed_saves: BTreeSet<(Generation, Step)>,
     notice: Option<Timestamp>,
+    /// Whether the coordinator knows of the notice: it keeps it, unless an operator takes it back.
+    notice_known: bool,
     end: Option<End>,
 }
 
@@ -124,7 +128,9 @@ impl Session {
             writing: None,
             saves: BTreeMap::new(),
             committed: None,
+            failed_saves: BTreeSet::new(),
             notice: None,
+            notice_known: false,
             end: None,
         }
     }
@@ -228,11 +234,21 @@ impl Session {
 
     /// The program leaves.
     pub fn leave(&mut self) -> Vec<Output> {
+        self.goes(End::Left)
+    }
+
+    /// The operating system does not give this process what a world needs. Nobody else is to blame, and the others are
+    /// not to wait: it leaves.
+    pub fn machine_failed(&mut self, why: String) -> Vec<Output> {
+        self.goes(End::MachineFailed { why })
+    }
+
+    fn goes(&mut self, end: End) -> Vec<Output> {
         if self.end.is_some() {
             return Vec::new();
         }
         let mut out = vec![Output::Send(Event::Leave { member: self.member })];
-        out.extend(self.finish(End::Left));
+        out.extend(self.finish(end));
         out
     }
 
@@ -269,7 +285,10 @@ impl Session {
                 world.boundary_requested = true;
                 Vec::new()
             }),
-            Message::Draining { left } => vec![Output::Notice { left }],
+            Message::Draining { left } => {
+                self.notice_known = true;
+                vec![Output::Notice { left }]
+            }
             Message::Serve { generation } => self.is_to_serve(generation, told.secret.unwrap_or_default()),
             Message::SaveGivenUp { generation, step } => self.save_given_up(generation, step),
             Message::SaveNow { generation } => self.with_world(generation, |world| {
@@ -282,6 +301,7 @@ impl Session {
             Message::Committed { kept } => {
                 let newest = kept.last().map(|commit| commit.step).unwrap_or_default();
                 self.saves.retain(|(_, step), _| *step > newest);
+                self.failed_saves.retain(|(_, step)| *step > newest);
                 self.committed = Some(newest);
                 vec![Output::Committed { kept }]
             }
@@ -319,7 +339,7 @@ impl Session {
             // It may have become so since it introduced itself.
             events.push(Event::Available { member });
         }
-        if let Some(deadline) = self.notice {
+        if let Some(deadline) = self.notice.filter(|_| !self.notice_known) {
             events.push(Event::Notice { member, deadline });
         }
         if let Some(world) = &self.world {
@@ -338,6 +358,12 @@ impl Session {
             }
         }
         events.extend(self.saves.values().flatten().cloned());
+        let failed = self.failed_saves.iter();
+        events.extend(failed.map(|(generation, step)| Event::SaveFailed {
+            member,
+            generation: *generation,
+            step: *step,
+        }));
         events
     }
 
@@ -354,6 +380,9 @@ impl Session {
                 | Departure::Unreachable
                 | Departure::Diverged,
             ) => self.come_back(),
+            // It was a member to the end; only the last word was lost with the stream it was said on.
+            Refusal::JobClosed(closure) if self.placed => self.finish(End::Closed(closure)),
+            Refusal::Departed(Departure::Drained) if self.placed => self.finish(End::Released),
             Refusal::Departed(
                 Departure::Replaced { .. }
                 | Departure::Left
@@ -377,6 +406,8 @@ impl Session {
         self.member = (self.next_id)();
         self.attached = false;
         self.saves.clear();
+        self.failed_saves.clear();
+        self.notice_known = false;
         out.push(Output::Reconnect);
         out.push(Output::Wake);
         out

@@ -112,12 +112,21 @@ impl<'t> Step<'t> {
     /// bits. Shares of different sizes are weighted; a rank without samples adds nothing, whatever is in `mean`.
     ///
     /// # Errors
-    /// [`Interrupted`] if the world broke: `mean` is then what it was, up to rounding by the weight.
+    /// [`Interrupted`] if the world broke: `mean` is then what it was.
     pub fn all_reduce_mean<T: Gradient>(&mut self, mean: &mut [T]) -> Result<(), Interrupted> {
         let samples = self.samples().len();
         let weight = samples as f64 / self.trainer.order().global_batch as f64;
-        T::scale(mean, weight);
-        self.collective(|group, word| group.all_reduce(mean, ReduceOp::Sum, word))
+        // Weighted aside: a weight cannot be taken back without rounding, and zero not at all.
+        let mut weighted: Vec<T> = self.trainer.take_scratch();
+        weighted.clear();
+        weighted.extend_from_slice(mean);
+        T::scale(&mut weighted, weight);
+        let reduced = self.collective(|group, word| group.all_reduce(&mut weighted, ReduceOp::Sum, word));
+        if reduced.is_ok() {
+            mean.copy_from_slice(&weighted);
+        }
+        self.trainer.keep_scratch(weighted);
+        reduced
     }
 
     /// Combines one value per element over all ranks, in place.

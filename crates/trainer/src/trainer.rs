@@ -1,5 +1,7 @@
 //! The program's side of the library: joining, and the next step.
 
+use std::any::Any;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -55,6 +57,8 @@ pub struct Trainer {
     finishing: Option<(Generation, Instant)>,
     /// The world in which a checkpoint of the last step was begun, or could not be.
     last_saved_in: Option<Generation>,
+    /// Room for a gradient that is being weighted, kept from step to step.
+    scratch: Box<dyn Any + Send>,
     failure: Option<String>,
     end: Option<End>,
 }
@@ -141,6 +145,7 @@ impl Trainer {
             saves_inbox,
             finishing: None,
             last_saved_in: None,
+            scratch: Box::new(()),
             failure: None,
             end: None,
         };
@@ -249,6 +254,7 @@ impl Trainer {
             End::Closed(_) | End::Released | End::Left => Ok(()),
             End::Refused(refusal) => Err(TrainError::Refused(Box::new(refusal))),
             End::Rejected { why } => Err(TrainError::Rejected(why)),
+            End::MachineFailed { why } => Err(TrainError::System(std::io::Error::other(why))),
         }
     }
 
@@ -260,7 +266,7 @@ impl Trainer {
         let generation = |hub: &Hub| hub.look(|session| session.place().map(|place| place.generation));
         let resting_in = generation(&self.hub);
         let (held, layout, hub) = (self.held, &self.layout, &self.hub);
-        let (inbox, group) = (&self.inbox, &mut self.group);
+        let inbox = &self.inbox;
         let patience = self.options.patience;
         // Ends the serving when this rest does.
         let stop = AbortHandle::new();
@@ -280,7 +286,6 @@ impl Trainer {
                             tracing::warn!(error = %why, "no thread to send state from");
                         }
                     }
-                    Ok(ToProgram::Group(new)) => *group = Some(*new),
                     Ok(ToProgram::Wake) | Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 }
@@ -303,15 +308,16 @@ impl Trainer {
         Ok(())
     }
 
-    /// The barrier has opened. False if the world is over again before its ring got here.
+    /// The barrier has opened. False if the world is over again already.
     fn take_go(&mut self, generation: Generation, resume: Resume) -> bool {
-        while self.group.as_ref().is_none_or(|group| group.generation() != generation) {
-            // The ring was handed over before the world was answered, so it is on its way.
-            match self.inbox.try_recv() {
-                Ok(ToProgram::Group(group)) => self.group = Some(*group),
-                Ok(ToProgram::Wake | ToProgram::Serve(_)) => {}
-                Err(_) => return false,
-            }
+        if self.group(generation).is_none() {
+            // The ring was handed over before the world was answered.
+            self.group = self.hub.take_group(generation);
+        }
+        if self.group.is_none() {
+            // Then a newer world has one, and this one is over. If not, nobody must wait for what is not there.
+            self.hub.bring(|session| session.broken(generation, Vec::new()));
+            return false;
         }
         // The go may have come after the rest had ended for another reason: from here on the state changes for sure.
         self.hub.bring(|session| {
@@ -346,7 +352,6 @@ impl Trainer {
             self.hub.bring(|session| session.finished(generation, step));
         }
         match self.inbox.recv_timeout(LOOK_EVERY) {
-            Ok(ToProgram::Group(group)) => self.group = Some(*group),
             Ok(ToProgram::Wake | ToProgram::Serve(_)) | Err(_) => {}
         }
         if self.hub.apart_for() > self.options.patience {
@@ -391,6 +396,9 @@ impl Trainer {
             match fetch(&who, part, &self.layout, state) {
                 Ok(parts) => moved.extend(parts),
                 Err(RestoreError::Aborted) => return,
+                Err(RestoreError::System(why)) => {
+                    return self.hub.bring(|session| session.machine_failed(why.to_string()));
+                }
                 Err(RestoreError::Source { culprit, why }) => {
                     tracing::warn!(%culprit, error = %why, "state did not arrive");
                     return self.hub.bring(|session| session.restore_failed(plan, Some(culprit)));
@@ -476,6 +484,16 @@ impl Trainer {
         self.group.as_mut().filter(|group| group.generation() == generation)
     }
 
+    /// The room that was kept, or new room if that was for other numbers.
+    pub(crate) fn take_scratch<T: Send + 'static>(&mut self) -> Vec<T> {
+        let kept = std::mem::replace(&mut self.scratch, Box::new(()));
+        kept.downcast::<Vec<T>>().map(|kept| *kept).unwrap_or_default()
+    }
+
+    pub(crate) fn keep_scratch<T: Send + 'static>(&mut self, scratch: Vec<T>) {
+        self.scratch = Box::new(scratch);
+    }
+
     pub(crate) fn ring_broke(&mut self, broken: &Broken) {
         let (generation, suspects) = (broken.generation, broken.suspects.clone());
         self.hub.bring(|session| session.broken(generation, suspects));
@@ -542,6 +560,7 @@ impl Drop for Trainer {
             // It ends within its farewell; a panic of its own is its own.
             let _ = link.join();
         }
+        self.hub.close();
     }
 }
 
@@ -549,8 +568,11 @@ impl Drop for Trainer {
 fn advertised(options: &Options, listener: &Listener) -> String {
     let own = listener.local_addr();
     match &options.advertise {
-        Some(address) if address.contains(':') => address.clone(),
-        Some(host) => format!("{host}:{}", own.port()),
+        Some(address) => match address.parse::<IpAddr>() {
+            Ok(ip) => SocketAddr::new(ip, own.port()).to_string(),
+            Err(_) if address.contains(':') => address.clone(),
+            Err(_) => format!("{address}:{}", own.port()),
+        },
         None => own.to_string(),
     }
 }

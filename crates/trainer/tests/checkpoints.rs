@@ -34,7 +34,8 @@ fn the_newest_are_kept_and_the_rest_goes() {
     job.steps(300);
     job.ends();
     let last = workers.map(common::Worker::outcome)[0].steps;
-    let left: Vec<u64> = checkpoints(dir.path()).iter().map(|listed| listed.step.0).collect();
+    // The last step may have been done in several worlds, for the workers leave one after the other.
+    let left: BTreeSet<u64> = checkpoints(dir.path()).iter().map(|listed| listed.step.0).collect();
     // Three that count; one that has just become too old and one that was being written when the workers left.
     assert!((3..=5).contains(&left.len()) && complete(dir.path()).len() >= 3, "{left:?}");
     assert!(

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use common::{Coordinator, Job, ORDER, Outcome, expected};
-use reknit_trainer::{End, NamedTensors, Notice, Options, Trainer};
+use reknit_trainer::{DataOrder, End, NamedTensors, Notice, Options, Trainer};
 
 /// Rules T-1 and T-2 at the end of a job: everybody who stayed has the same state, it is the one that the data order
 /// says, and each step that counts was shared out whole.
@@ -136,6 +136,49 @@ fn t5_a_transfer_whose_source_goes_away_is_done_again_whole_from_the_others() {
     let outcomes = [b.outcome(), c.outcome()];
     assert!(outcomes.iter().all(|outcome| outcome.ballast_is_sound), "no byte is wrong or missing");
     check(&job, &outcomes);
+}
+
+#[test]
+fn t3_a_gradient_that_was_not_reduced_is_what_it_was() {
+    let coordinator = Coordinator::start();
+    let options = |name: &str| {
+        // Weights of 4/7 and 3/7: they cannot be taken back without a trace.
+        let order = DataOrder { global_batch: 7, ..ORDER };
+        let options = Options::new(coordinator.url(), "job", order).unwrap().name(name).unwrap();
+        options.workers(2, 3).unwrap()
+    };
+    let gradient = [0.1f32, f32::MIN_POSITIVE, -3.7, f32::MAX];
+    let mut state = NamedTensors::new().with_f32("w", [1], vec![0.0]);
+    std::thread::scope(|scope| {
+        let options = &options;
+        let gone = scope.spawn(move || {
+            let mut state = NamedTensors::new().with_f32("w", [1], vec![0.0]);
+            let mut trainer = Trainer::join(options("gone"), &state).unwrap();
+            // It goes in the middle of a step that it has its part in.
+            drop(trainer.next_step(&mut state).unwrap().unwrap());
+        });
+        let mut trainer = Trainer::join(options("stays"), &state).unwrap();
+        let mut step = trainer.next_step(&mut state).unwrap().unwrap();
+        let mut mean = gradient;
+        assert!(step.all_reduce_mean(&mut mean).is_err(), "there is nobody to reduce it with");
+        assert_eq!(mean.map(f32::to_bits), gradient.map(f32::to_bits));
+        gone.join().unwrap();
+    });
+}
+
+#[test]
+fn t4_the_port_is_free_when_a_program_is_done_with_it() {
+    let coordinator = Coordinator::start();
+    let state = NamedTensors::new().with_f32("w", [1], vec![0.0]);
+    let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut handles = Vec::new();
+    for _ in 0..3 {
+        let options = Options::new(coordinator.url(), "job", ORDER).unwrap().listen(listen, None);
+        let mut trainer = Trainer::join(options, &state).unwrap();
+        drop(trainer.next_step(&mut state.clone()).unwrap());
+        // Whoever still has a handle does not keep the port.
+        handles.push(trainer.handle());
+    }
 }
 
 #[test]

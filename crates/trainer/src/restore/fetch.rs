@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use reknit_checkpoint::{ByteRange, Digester, Layout, State, Values, plan, stream};
-use reknit_collectives::{AbortHandle, Purpose, Secret, dial};
+use reknit_collectives::{AbortHandle, DialError, Purpose, Secret, dial};
 use reknit_membership::holding::{Fetch, Moved, Resume};
 use reknit_membership::world::Peer;
 use reknit_membership::{Digest, Generation, MemberId};
@@ -31,6 +31,9 @@ pub(crate) enum RestoreError {
     Aborted,
     #[error("member {culprit} did not deliver: {why}")]
     Source { culprit: MemberId, why: String },
+    /// This process is short of something: no source is to blame.
+    #[error("the operating system refuses: {0}")]
+    System(std::io::Error),
 }
 
 /// Who asks, and for what.
@@ -148,9 +151,12 @@ fn ask<'a>(who: &Fetching<'a>, stripe: &Stripe<'_>) -> Result<Transfer<'a>, Rest
     let purpose = Purpose::State { member: who.member };
     let deadline = Instant::now() + DIAL;
     let address = resolve(&source.address);
-    let stream = dial(address, purpose, who.generation, who.secret, deadline, who.abort)
-        .map_err(|why| failed(who, source, why))?;
-    let mut transfer = Transfer::new(stream, who.abort).map_err(|why| failed(who, source, why))?;
+    let stream =
+        dial(address, purpose, who.generation, who.secret, deadline, who.abort).map_err(|why| match why {
+            DialError::System { source } => RestoreError::System(source),
+            why => failed(who, source, why),
+        })?;
+    let mut transfer = Transfer::new(stream, who.abort).map_err(RestoreError::System)?;
     let request = TransferRequest { resume: who.resume, start: range.start, end: range.end, values };
     transfer.write_all(&request.encode()).map_err(|why| failed(who, source, why))?;
     Ok(transfer)

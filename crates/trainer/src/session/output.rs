@@ -85,6 +85,11 @@ pub enum End {
         /// What it said.
         why: String,
     },
+    /// The operating system does not give this process what a world needs: descriptors, threads.
+    MachineFailed {
+        /// What it refused.
+        why: String,
+    },
     /// The program left.
     Left,
 }

@@ -69,6 +69,10 @@ impl Session {
     pub fn save_failed(&mut self, generation: Generation, step: Step) -> Vec<Output> {
         self.fulfil_wish();
         self.saves.remove(&(generation, step));
+        self.failed_saves.insert((generation, step));
+        while self.failed_saves.len() > SAVES_MAX {
+            self.failed_saves.pop_first();
+        }
         vec![Output::Send(Event::SaveFailed { member: self.member, generation, step })]
     }
 
