@@ -69,7 +69,7 @@ impl Sim {
             held: Held::Fresh(state_digest(&content)),
             content,
             running: None,
-            groups: Vec::new(),
+            new_group: None,
             group: None,
             ring: None,
             in_call: None,
@@ -212,7 +212,11 @@ impl Sim {
         self.within(FAREWELL, Happening::LinkCloses { process });
         let again = match &end {
             End::Closed(_) | End::Refused(Refusal::JobClosed(_)) => false,
-            End::Refused(_) | End::Released | End::Left | End::Rejected { .. } => true,
+            End::Refused(_)
+            | End::Released
+            | End::Left
+            | End::Rejected { .. }
+            | End::MachineFailed { .. } => true,
         };
         if again {
             let bounds = self.restart_bounds();

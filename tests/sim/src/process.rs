@@ -230,8 +230,8 @@ pub(crate) struct Process {
     pub(crate) content: Content,
     /// The world whose go was taken.
     pub(crate) running: Option<Generation>,
-    /// Rings that were handed over and not yet taken.
-    pub(crate) groups: Vec<Generation>,
+    /// The newest ring that was handed over and not yet taken.
+    pub(crate) new_group: Option<Generation>,
     pub(crate) group: Option<Generation>,
     pub(crate) ring: Option<Ring>,
     /// The collective that the program is inside.

@@ -140,8 +140,6 @@ impl Sim {
 
     fn rests_on(&mut self, process: ProcessKey, world: Generation) {
         let p = &mut self.processes[process];
-        let groups = std::mem::take(&mut p.groups);
-        p.group = groups.last().copied().or(p.group);
         if p.session.directive() != Directive::Wait || p.generation() != world {
             self.program_is(process, Program::RestEnds, WAKE);
         }
@@ -164,9 +162,11 @@ impl Sim {
     /// `Trainer::take_go`.
     fn takes_go(&mut self, process: ProcessKey, generation: Generation, resume: Resume) -> bool {
         let p = &mut self.processes[process];
-        let groups = std::mem::take(&mut p.groups);
-        p.group = groups.last().copied().or(p.group);
         if p.group != Some(generation) {
+            p.group = p.new_group.take_if(|new| *new == generation);
+        }
+        if p.group.is_none() {
+            self.bring(process, |session| session.broken(generation, Vec::new()));
             return false;
         }
         self.is_busy(process);
@@ -200,9 +200,6 @@ impl Sim {
         if !waits {
             self.bring(process, |session| session.finished(generation, step));
         }
-        let p = &mut self.processes[process];
-        let groups = std::mem::take(&mut p.groups);
-        p.group = groups.last().copied().or(p.group);
         self.program_is(process, Program::Finishes, (1, LOOK_EVERY));
     }
 

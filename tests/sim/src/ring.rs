@@ -118,7 +118,8 @@ impl Sim {
         };
         ring.formed = true;
         let lost_early = ring.lost_early;
-        self.processes[process].groups.push(generation);
+        let p = &mut self.processes[process];
+        p.new_group = p.new_group.max(Some(generation));
         self.wakes(process);
         self.log(60, process as u64, |sim| {
             format!("{}: the ring of {generation:?} stands", sim.who(process))

@@ -23,8 +23,10 @@ impl Endings {
         let p = &sim.processes[process];
         match end {
             End::Left => true,
-            End::Closed(closure) | End::Refused(Refusal::JobClosed(closure)) => {
-                stage == Some(Stage::Closed(*closure))
+            End::Closed(closure) => stage == Some(Stage::Closed(*closure)),
+            // Whoever had a place when the job ended has not been refused.
+            End::Refused(Refusal::JobClosed(closure)) => {
+                stage == Some(Stage::Closed(*closure)) && p.session.place().is_none()
             }
             End::Released => {
                 let how = p.ids.iter().rev().find_map(|id| record?.departure(*id));
@@ -33,7 +35,8 @@ impl Endings {
             End::Refused(Refusal::Departed(how)) => match how {
                 // A process must never be fenced by itself.
                 Departure::Replaced { by } => !p.ids.contains(by),
-                Departure::Evicted | Departure::Drained | Departure::Left => true,
+                Departure::Evicted | Departure::Left => true,
+                Departure::Drained => p.session.place().is_none(),
                 Departure::StateLost => p.held == Held::Torn && record.is_some_and(|r| r.commits.is_empty()),
                 Departure::Died
                 | Departure::Silent
@@ -56,7 +59,8 @@ impl Endings {
                 | Refusal::OtherRecipe
                 | Refusal::TooManyMembers { .. },
             )
-            | End::Rejected { .. } => false,
+            | End::Rejected { .. }
+            | End::MachineFailed { .. } => false,
         }
     }
 }
