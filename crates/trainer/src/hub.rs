@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use reknit_collectives::{AbortHandle, BreakReason, Group, Listener, Secret, StateConnection};
-use reknit_membership::event::Event;
+use reknit_membership::event::{Event, Message};
 use reknit_membership::holding::{Plan, ShardReport};
 use reknit_membership::record::Commit;
 use reknit_membership::world::Place;
@@ -272,6 +272,18 @@ impl Hub {
     /// The coordinator said something.
     pub(crate) fn told(self: &Arc<Hub>, told: Told) {
         *lock(&self.apart_since) = None;
+        match &told.message {
+            Message::Attached { .. } => tracing::info!("the coordinator has let this worker in"),
+            Message::World(Place { generation, rank, size, .. }) => {
+                tracing::info!(%generation, %rank, %size, "a place in a world");
+            }
+            Message::Draining { .. } => tracing::info!("this worker is to leave"),
+            Message::Go { generation, resume } => {
+                tracing::info!(%generation, step = %resume.step, "the world runs");
+            }
+            Message::Break { generation } => tracing::info!(%generation, "the world is over"),
+            _ => {}
+        }
         self.bring(|session| session.told(told));
     }
 

@@ -74,7 +74,13 @@ async fn live(
                 hub.disconnected(why.clone());
                 return hub.bring(|session| session.rejected(why));
             }
-            Ended::Gone(why) => hub.disconnected(why),
+            Ended::Gone(why) => {
+                let is_over = hub.look(|session| session.end().is_some());
+                if !is_over && (was_up || attempt == 0) {
+                    tracing::warn!(%coordinator, %why, "no coordinator; training goes on while its world holds");
+                }
+                hub.disconnected(why);
+            }
         }
         if hub.look(|session| session.end().is_some()) {
             // There is nothing to come back for, however long the program takes to drop its trainer.

@@ -76,9 +76,7 @@ impl Options {
     /// [`BadOptions`] if a name or an address is none, or if the order is empty.
     pub fn new(coordinator: &str, job: &str, order: DataOrder) -> Result<Options, BadOptions> {
         let coordinators: Vec<String> = coordinator.split(',').map(|c| c.trim().to_owned()).collect();
-        if let Some(bad) =
-            coordinators.iter().find(|c| tonic::transport::Endpoint::from_shared((*c).clone()).is_err())
-        {
+        if let Some(bad) = coordinators.iter().find(|c| !is_url(c)) {
             return Err(BadOptions::Coordinator(bad.clone()));
         }
         if order.dataset == 0 || order.global_batch == 0 {
@@ -173,6 +171,14 @@ impl Options {
     }
 }
 
+/// Whether it says how to talk, and to whom.
+fn is_url(coordinator: &str) -> bool {
+    tonic::transport::Endpoint::from_shared(coordinator.to_owned()).is_ok_and(|endpoint| {
+        let uri = endpoint.uri();
+        matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some()
+    })
+}
+
 /// The host's name and the process id: unique enough, and something an operator can find.
 fn default_name() -> Result<MemberName, BadName> {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
@@ -193,10 +199,12 @@ mod tests {
         let options = || Options::new("http://127.0.0.1:1, http://127.0.0.1:2", "job", ORDER).unwrap();
         assert_eq!(options().coordinators, ["http://127.0.0.1:1", "http://127.0.0.1:2"]);
         let bad = |result: Result<Options, BadOptions>| result.err();
-        assert_eq!(
-            bad(Options::new("not a url", "job", ORDER)),
-            Some(BadOptions::Coordinator("not a url".to_owned()))
-        );
+        for no_url in ["not a url", "127.0.0.1:7070", "host", "ftp://host", ""] {
+            assert_eq!(
+                bad(Options::new(no_url, "job", ORDER)),
+                Some(BadOptions::Coordinator(no_url.to_owned()))
+            );
+        }
         assert_eq!(
             bad(Options::new("http://h:1", "a job", ORDER)),
             Some(BadOptions::Name(BadName::BadCharacter { found: ' ' }))

@@ -43,6 +43,24 @@ pub(crate) fn directory(parent: &Path, job: &JobId, history: HistoryId) -> PathB
     parent.join(format!("{job}-{:016x}", history.0))
 }
 
+/// Checkpoints of the same job's that belong to another record of it: after the coordinator's store was lost, or the job
+/// forgotten, nobody loads them, and nobody should find that out by missing them.
+pub(crate) fn warn_of_others(dir: &Path, job: &JobId) {
+    let (Some(parent), false) = (dir.parent(), dir.exists()) else { return };
+    let is_other = |name: &str| {
+        let history = name.strip_prefix(job.as_str()).and_then(|rest| rest.strip_prefix('-'));
+        history.is_some_and(|history| history.len() == 16 && history.bytes().all(|b| b.is_ascii_hexdigit()))
+    };
+    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+    let mut others = entries.filter(|entry| entry.file_name().to_str().is_some_and(is_other));
+    if let Some(other) = others.next() {
+        tracing::warn!(
+            older = %other.path().display(),
+            "there are checkpoints of an earlier job of this name, which are not used: the coordinator's store does not know them"
+        );
+    }
+}
+
 impl Saves {
     /// The program's end; the thread is started, and listens to what is sent to `inbox`. That is taken only if the
     /// directory can be used.

@@ -29,6 +29,10 @@ use crate::step::Step;
 
 /// How often a program that waits looks whether it has waited too long.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// When a program that waits says so, for the first time …
+const SAY_AFTER: Duration = Duration::from_secs(5);
+/// … and then again.
+const SAY_EVERY: Duration = Duration::from_secs(60);
 /// How long a finished program waits for its last checkpoint to be committed.
 const LAST_COMMIT: Duration = Duration::from_secs(30);
 
@@ -165,6 +169,7 @@ impl Trainer {
     fn prepare_saves(&mut self) {
         let Some(dir) = self.checkpoints_dir().filter(|_| self.saves.is_none()) else { return };
         let (job, layout) = (self.options.job.clone(), self.layout.clone());
+        saves::warn_of_others(&dir, &job);
         match Saves::start(&self.hub, dir, job, layout, &mut self.saves_inbox) {
             Ok(saves) => self.saves = Some(saves),
             Err(why) => {
@@ -248,6 +253,7 @@ impl Trainer {
     }
 
     fn over(&mut self, end: End) -> Result<(), TrainError> {
+        tracing::info!(how = ?end, "this worker's membership is over");
         self.group = None;
         self.end = Some(end.clone());
         match end {
@@ -268,6 +274,7 @@ impl Trainer {
         let (held, layout, hub) = (self.held, &self.layout, &self.hub);
         let inbox = &self.inbox;
         let patience = self.options.patience;
+        let (began, mut say_at) = (Instant::now(), SAY_AFTER);
         // Ends the serving when this rest does.
         let stop = AbortHandle::new();
         let rested = std::thread::scope(|scope| {
@@ -288,6 +295,16 @@ impl Trainer {
                     }
                     Ok(ToProgram::Wake) | Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                }
+                if began.elapsed() > say_at {
+                    say_at += SAY_EVERY;
+                    let (since, apart) = (began.elapsed(), hub.apart_for());
+                    let hint = if apart.is_zero() {
+                        "`reknit status` says what the job waits for"
+                    } else {
+                        "no coordinator can be reached"
+                    };
+                    tracing::warn!(?since, hint, "still waiting for a world that runs");
                 }
                 if hub.apart_for() > patience {
                     stop.abort(BreakReason::Aborted);

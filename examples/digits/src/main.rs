@@ -7,6 +7,7 @@ mod data;
 mod evidence;
 mod model;
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -41,6 +42,12 @@ struct Args {
     /// How many steps to train
     #[arg(long, default_value_t = 1000)]
     steps: u64,
+    /// Where this worker's data plane listens; by default it is reached from this machine only
+    #[arg(long, default_value = "127.0.0.1:0")]
+    listen: std::net::SocketAddr,
+    /// The host, or HOST:PORT, by which other machines reach it
+    #[arg(long)]
+    advertise: Option<String>,
     /// Where checkpoints go
     #[arg(long)]
     checkpoints: Option<PathBuf>,
@@ -57,15 +64,19 @@ struct Args {
 
 #[expect(clippy::print_stdout, reason = "what a program of its kind says goes to its user")]
 fn main() -> Result<()> {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).log_internal_errors(false).init();
+    let stderr = std::io::stderr;
+    let colours = stderr().is_terminal();
+    tracing_subscriber::fmt().with_writer(stderr).with_ansi(colours).log_internal_errors(false).init();
     let args = Args::parse();
     let digits = Digits::load();
     let mut evidence = Evidence::new(args.evidence.as_deref(), digits.train())?;
     let mut state = model::initial();
 
     let order = DataOrder { dataset: digits.train(), global_batch: args.batch, seed: 7 };
-    let mut options =
-        Options::new(&args.coordinator, &args.job, order)?.workers(args.min, args.max)?.steps(args.steps);
+    let mut options = Options::new(&args.coordinator, &args.job, order)?
+        .workers(args.min, args.max)?
+        .steps(args.steps)
+        .listen(args.listen, args.advertise);
     if let Some(name) = &args.name {
         options = options.name(name)?;
     }

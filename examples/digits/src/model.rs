@@ -66,6 +66,11 @@ fn logits(weights: &[Var], images: &Tensor) -> Result<Tensor> {
 /// The mean gradient over the given images, all layers one after the other, and behind it the mean loss: what is
 /// summed over the ranks anyway can carry one number more.
 pub(crate) fn gradients(state: &NamedTensors, images: &Tensor, labels: &Tensor) -> Result<Vec<f32>> {
+    if labels.elem_count() == 0 {
+        // More workers than images: this one has none, and adds nothing to the mean.
+        let numbers: u64 = LAYERS.iter().map(|(_, shape)| shape.iter().product::<u64>()).sum();
+        return Ok(vec![0.0; numbers as usize + 1]);
+    }
     let weights = weights(state)?;
     let loss = loss::cross_entropy(&logits(&weights, images)?, labels)?;
     let gradients = loss.backward()?;
