@@ -213,7 +213,7 @@ impl Job {
             unreadable: BTreeSet::new(),
             fruitless: 0,
             grudges: BTreeMap::new(),
-            top_step: record.resume.step,
+            top_step: record.commits.last().map_or(record.resume.step, |c| c.step.max(record.resume.step)),
             resized: false,
             record,
         };

@@ -63,6 +63,8 @@ async fn live(
     mut inbox: mpsc::UnboundedReceiver<ToLink>,
 ) {
     let mut attempt = 0u32;
+    // Whether it was said that there is none, since there last was one.
+    let mut said = false;
     let mut jitter = hub.look(|session| session.member().0);
     loop {
         let coordinator = &coordinators[attempt as usize % coordinators.len()];
@@ -76,7 +78,8 @@ async fn live(
             }
             Ended::Gone(why) => {
                 let is_over = hub.look(|session| session.end().is_some());
-                if !is_over && (was_up || attempt == 0) {
+                said &= !was_up;
+                if !is_over && !std::mem::replace(&mut said, true) {
                     tracing::warn!(%coordinator, %why, "no coordinator; training goes on while its world holds");
                 }
                 hub.disconnected(why);

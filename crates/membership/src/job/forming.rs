@@ -225,8 +225,10 @@ impl Job {
         }
         if self.slots_total < self.record.spec.min {
             // Joiners come by the thousand: no pass over all of them for each.
-            let shortage = Shortage::BelowMin { have: self.slots_total, need: self.record.spec.min };
-            return Err(Obstacle::Shortage(shortage));
+            let leaving = self.record.drains.keys().filter_map(|member| self.members.get(member));
+            let leaving: u32 = leaving.filter(|m| m.available).map(|m| m.slots).sum();
+            let have = self.slots_total.saturating_sub(leaving);
+            return Err(Obstacle::Shortage(Shortage::BelowMin { have, need: self.record.spec.min }));
         }
         select(&self.record.spec, &self.candidates()).map_err(Obstacle::Shortage)
     }

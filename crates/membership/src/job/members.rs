@@ -76,6 +76,8 @@ impl Job {
             Phase::Forming(forming) => {
                 if asks {
                     forming.last_call_again(self.now, &self.timing);
+                    // It may be able to read what nobody else could.
+                    forming.hold = forming.hold.map(|_| self.now);
                 }
                 self.try_form(out);
             }
@@ -240,11 +242,22 @@ impl Job {
     /// A member whose world is over says what it holds.
     pub(super) fn rests(&mut self, member: MemberId, holding: Holding, out: &mut Out) {
         self.unheard.remove(&member);
+        self.learn_step(&holding);
         self.rested.insert(member, holding);
         match self.phase {
             Phase::Establishing(_) => self.resume_if_ready(out),
             Phase::Restoring(_) => self.restore_on(out),
             Phase::Forming(_) | Phase::Running(_) | Phase::Closed(_) => {}
+        }
+    }
+
+    /// What is the newest step that anybody has.
+    pub(super) fn learn_step(&mut self, holding: &Holding) {
+        match holding {
+            Holding::State { resume, .. } if resume.lineage == self.record.resume.lineage => {
+                self.top_step = self.top_step.max(resume.step);
+            }
+            Holding::State { .. } | Holding::Fresh { .. } | Holding::Nothing => {}
         }
     }
 

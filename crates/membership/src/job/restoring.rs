@@ -329,7 +329,10 @@ impl Job {
     }
 
     pub(super) fn restoring_deadline(&self, restoring: &Restoring) -> Timestamp {
-        self.unheard.values().copied().fold(restoring.deadline, Timestamp::min)
+        let unheard = self.unheard.values().min().copied();
+        // Nobody is late with a plan if nobody has one left to carry out.
+        let late = (!restoring.pending.is_empty()).then_some(restoring.deadline);
+        [unheard, late].into_iter().flatten().min().unwrap_or(restoring.deadline)
     }
 
     pub(super) fn restoring_waits_for(&self, restoring: &Restoring) -> Waiting {

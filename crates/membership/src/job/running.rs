@@ -239,6 +239,7 @@ impl Job {
         if generation != self.record.generation {
             return;
         }
+        self.learn_step(&holding);
         let (now, overdue, seats) = (self.now, self.now.after(self.timing.busy), self.seats());
         let Phase::Running(running) = &mut self.phase else { return };
         // A coordinator that was restarted may have forgotten what it asked for; the members have stopped all the same.
