@@ -47,7 +47,7 @@ pub struct Limits {
     pub outbound: usize,
     /// Events that may wait for one job; senders beyond it wait.
     pub inbound: usize,
-    /// Jobs that are known at once.
+    /// Jobs that are not over at once.
     pub jobs: usize,
     /// Members of one job.
     pub members: u32,
@@ -60,7 +60,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
-            connections: 16_384,
+            connections: 32_768,
             first_bytes: Duration::from_secs(5),
             introduction: Duration::from_secs(5),
             message_bytes: 1 << 20,

@@ -279,7 +279,10 @@ impl JobTask {
             // The clock comes first: a flood of messages must not keep leases from running out.
             let life = tokio::select! {
                 biased;
-                () = tokio::time::sleep_until(wake) => self.pulse().await,
+                () = tokio::time::sleep_until(wake) => match self.hears_out(&mut inbox).await {
+                    Life::GoesOn => self.pulse().await,
+                    Life::Ends => Life::Ends,
+                },
                 input = inbox.recv() => match input {
                     Some(input) => self.take(input).await,
                     None => Life::Ends,
@@ -289,6 +292,18 @@ impl JobTask {
                 return;
             }
         }
+    }
+
+    /// Who has spoken before its time was up is heard before the time is: a disk that has been slow with what came before
+    /// must not cost anybody its lease. No more than may wait, so that nobody holds up the time.
+    async fn hears_out(&mut self, inbox: &mut mpsc::Receiver<Input>) -> Life {
+        for _ in 0..self.around.limits.inbound {
+            let Ok(input) = inbox.try_recv() else { break };
+            if self.take(input).await == Life::Ends {
+                return Life::Ends;
+            }
+        }
+        Life::GoesOn
     }
 
     async fn pulse(&mut self) -> Life {

@@ -1,6 +1,9 @@
 //! The members' service: one stream per member.
 
+use std::future::Future as _;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 
 use reknit_membership::event::Message;
 use reknit_membership::reason::Refusal;
@@ -11,7 +14,7 @@ use reknit_proto::{rendezvous, v1};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::inspect::{find, unanswered};
 use crate::job::{ConnectionId, Input, JobHandle, Outbound, source_text};
@@ -58,7 +61,7 @@ pub(crate) fn open_status(why: &OpenJobError) -> Status {
     }
 }
 
-type Outgoing = std::pin::Pin<Box<dyn Stream<Item = Result<v1::CoordinatorMessage, Status>> + Send>>;
+type Outgoing = Pin<Box<dyn Stream<Item = Result<v1::CoordinatorMessage, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Rendezvous for RendezvousService {
@@ -72,12 +75,14 @@ impl Rendezvous for RendezvousService {
         let Introduction { job, member, join } = self.introduction(&mut inbound).await?;
         let (sender, receiver) = mpsc::channel(self.jobs.around.limits.outbound);
         let (told, all_told) = oneshot::channel::<()>();
+        let (complain, complaint) = oneshot::channel();
         let outgoing = ReceiverStream::new(receiver).map(move |message: Box<v1::CoordinatorMessage>| {
             // Held until the member's stream has ended on this side: then there is nobody to be heard either.
             let _ = &told;
             Ok(*message)
         });
-        let outgoing: Outgoing = Box::pin(outgoing);
+        // What was wrong with what it sent, if anything was, is the last that it hears.
+        let outgoing: Outgoing = Box::pin(outgoing.chain(Complaint(Some(complaint))));
         match self.jobs.open(&job, Some(join.spec)).await {
             Ok(handle) => {
                 let connection = ConnectionId(self.connections.fetch_add(1, Ordering::Relaxed));
@@ -85,7 +90,8 @@ impl Rendezvous for RendezvousService {
                 let attach = Input::Attach { member, join, outbound };
                 handle.send(attach).await.map_err(|gone| Status::unavailable(gone.to_string()))?;
                 let from = Speaker { job, member, connection };
-                tokio::spawn(listen(self.jobs.clone(), handle, from, inbound, all_told));
+                let ends = Ends { all_told, complain };
+                tokio::spawn(listen(self.jobs.clone(), handle, from, inbound, ends));
             }
             Err(OpenJobError::BadSpec(why)) => {
                 // The queue is new and empty: there is room.
@@ -128,34 +134,70 @@ struct Speaker {
     connection: ConnectionId,
 }
 
+/// How the two directions of a stream end each other.
+struct Ends {
+    /// Resolves when the member's direction is gone.
+    all_told: oneshot::Receiver<()>,
+    /// What is wrong with what it sent.
+    complain: oneshot::Sender<Status>,
+}
+
+/// A stream of one complaint, or of nothing if there is none.
+struct Complaint(Option<oneshot::Receiver<Status>>);
+
+impl Stream for Complaint {
+    type Item = Result<v1::CoordinatorMessage, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Some(complaint) = &mut self.0 else { return Poll::Ready(None) };
+        let complaint = std::task::ready!(Pin::new(complaint).poll(context));
+        self.0 = None;
+        Poll::Ready(complaint.ok().map(Err))
+    }
+}
+
 /// Hears a member until its stream ends, on either side.
 async fn listen(
     jobs: Jobs,
     handle: JobHandle,
     from: Speaker,
     mut inbound: Streaming<v1::MemberMessage>,
-    mut all_told: oneshot::Receiver<()>,
+    mut ends: Ends,
 ) {
     let Speaker { job, member, connection } = from;
-    loop {
+    let wrong = loop {
         let message = tokio::select! {
             message = inbound.message() => match message {
                 Ok(Some(message)) => message,
-                Ok(None) | Err(_) => break,
+                Ok(None) => break None,
+                // Of a message that is none, or too large; whatever else ends a stream has nobody left to be told.
+                Err(why) => break is_senders_fault(&why).then(|| why.message().to_owned()),
             },
-            _ = &mut all_told => break,
+            _ = &mut ends.all_told => break None,
         };
         let event = match rendezvous::event(member, message, jobs.around.clock.now()) {
             Ok(event) => event,
-            Err(why) => {
-                tracing::warn!(%job, %member, error = %why, "a member sent what is no message; its stream ends");
-                break;
-            }
+            Err(why) => break Some(why.to_string()),
         };
         if handle.send(Input::Said { connection, event }).await.is_err() {
             return;
         }
+    };
+    if let Some(why) = wrong {
+        tracing::warn!(%job, %member, error = why, "a member sent what is no message; its stream ends");
+        let limit = jobs.around.limits.message_bytes;
+        let text = format!("this is no message ({why}); one may have up to {limit} bytes");
+        // It may have hung up.
+        let _ = ends.complain.send(Status::invalid_argument(text));
     }
     // If the job's task is gone, so is the member's seat in it.
     let _ = handle.send(Input::Detached { member, connection }).await;
+}
+
+/// Whether a stream was ended by what the other side sent, not by the way between the two.
+fn is_senders_fault(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::OutOfRange | Code::ResourceExhausted | Code::Internal | Code::InvalidArgument
+    )
 }

@@ -169,7 +169,15 @@ fn a_message_over_the_limit_ends_its_stream_and_nobody_elses() {
         let suspects = vec![u32::MAX; 1 << 20];
         let body = v1::member_message::Body::Broken(v1::Broken { generation: 1, suspects });
         said.send(v1::MemberMessage { body: Some(body) }).await.unwrap();
-        while let Ok(Some(_)) = heard.message().await {}
+        let last = loop {
+            match heard.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("it is not told why its stream ends"),
+                Err(why) => break why,
+            }
+        };
+        assert_eq!(last.code(), tonic::Code::InvalidArgument, "{last}");
+        assert!(last.message().contains("1048576 bytes"), "{last}");
     });
     goes_on(&coordinator, "job", generation);
 }

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use redb::{
     Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
@@ -209,9 +210,21 @@ fn prepare(database: &Database) -> Result<u64, Boxed> {
     Ok(layout)
 }
 
+/// How often a file that a failed write has closed is tried, while there is nothing to write.
+const REOPEN_EVERY: Duration = Duration::from_secs(1);
+
 /// The writer's life: one commit after another, each with all that has come in.
 fn write_all(open: &Open, queue: &mpsc::Receiver<Write>) {
-    while let Ok(first) = queue.recv() {
+    loop {
+        let first = match queue.recv_timeout(REOPEN_EVERY) {
+            Ok(first) => first,
+            Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                // Readers wait for it, too, and there may be nothing to write for days. If it fails, it is tried again.
+                let _ = open.reopened();
+                continue;
+            }
+        };
         let mut batch = vec![first];
         batch.extend(queue.try_iter().take(BATCH_MAX - 1));
         match open.reopened().and_then(|database| commit(&database, &batch)) {
