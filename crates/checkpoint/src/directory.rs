@@ -34,7 +34,7 @@ pub struct Listed {
 #[non_exhaustive]
 pub enum Condition {
     /// Every file is there with its length. Whether it counts, only the coordinator knows; whether its bytes are
-    /// right, only loading it shows.
+    /// right, only loading it shows, or [`verify`](crate::verify).
     Complete {
         /// What it consists of.
         manifest: Box<Manifest>,

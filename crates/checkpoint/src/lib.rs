@@ -92,7 +92,7 @@ pub use dtype::{Dtype, TensorSpec};
 pub use files::{FileError, prepare_dir};
 pub use fingerprint::{Fingerprint, state_digest};
 pub use layout::{ByteRange, Layout, LayoutError, Piece};
-pub use load::{LoadError, LoadReport, Part, ShapeDifference, load_into, open};
+pub use load::{LoadError, LoadReport, Part, ShapeDifference, load_into, open, verify};
 pub use manifest::{
     AssembleError, BadManifest, Manifest, ManifestMeta, PublishError, ShardEntry, ShardReport,
     publish_manifest,

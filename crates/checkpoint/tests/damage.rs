@@ -10,7 +10,7 @@ use std::path::Path;
 
 use common::{Rng, assert_same, commit, files_of, filled, layout, odd_specs, save_all, zeros_like};
 use reknit_checkpoint::{
-    ByteRange, CommitRef, Dtype, LoadError, NamedTensors, Part, TensorSpec, load_into, open,
+    ByteRange, CommitRef, Dtype, LoadError, NamedTensors, Part, TensorSpec, load_into, open, verify,
 };
 use reknit_membership::{Digest, Generation, Step};
 
@@ -21,6 +21,10 @@ fn small() -> NamedTensors {
 fn load(dir: &Path, commit: &CommitRef, like: &NamedTensors) -> Result<NamedTensors, LoadError> {
     let mut state = zeros_like(like);
     let manifest = open(dir, commit.step, commit.generation, commit.manifest)?;
+    assert_eq!(
+        verify(dir, &manifest).is_ok(),
+        load_into(dir, &manifest, Part::All, &mut zeros_like(like)).is_ok()
+    );
     load_into(dir, &manifest, Part::All, &mut state)?;
     Ok(state)
 }
@@ -33,6 +37,11 @@ fn check_blamed(
     file: &Path,
     context: &str,
 ) -> LoadError {
+    // The manifest itself is compared with the commit, not with what it says.
+    if let Ok(manifest) = open(dir, commit.step, commit.generation, commit.manifest) {
+        let error = verify(dir, &manifest).expect_err(context);
+        assert_eq!(error.file(), file, "{context}: {error}");
+    }
     match load(dir, commit, like) {
         Ok(_) => panic!("{context}: loads all the same"),
         Err(error) => {

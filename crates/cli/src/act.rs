@@ -7,6 +7,7 @@ use reknit_proto::{inspect, v1};
 
 use crate::args::{Connection, Job, Member, Notice, Resize};
 use crate::failure::Failure;
+use crate::look::show::short;
 use crate::print;
 
 fn done(connection: &Connection, what: fmt::Arguments<'_>) -> Result<(), Failure> {
@@ -40,7 +41,10 @@ fn without(member: &Member) -> String {
         return go_on;
     }
     let (job, min) = (&member.job, status.spec.min);
-    format!("{job} then WAITS for others to come: it needs {min} ranks and has {left} without it")
+    format!(
+        "{job} then WAITS for others to come: it needs {min} ranks and has {left} without it. Save a checkpoint first \
+         (`reknit save {job}`): until others come, its state is only in the memory of those that are there"
+    )
 }
 
 pub(crate) fn drain(member: &Member) -> Result<(), Failure> {
@@ -73,15 +77,19 @@ pub(crate) fn evict(member: &Member) -> Result<(), Failure> {
 }
 
 pub(crate) fn notice(notice: &Notice) -> Result<(), Failure> {
-    let connection = &notice.connection;
+    let connection = &notice.member.connection;
     let left_ms = u64::try_from(notice.left.as_millis()).unwrap_or(u64::MAX);
-    let request = v1::NoticeRequest { job: notice.job.clone(), member: notice.member.clone(), left_ms };
+    let (job, member) = (notice.member.job.clone(), notice.member.member.clone());
+    let request = v1::NoticeRequest { job, member, left_ms };
     connection.operate(async |client| client.notice(request).await)?;
     done(
         connection,
         format_args!(
-            "{} will be gone from {} in {:?}; it leaves at a step boundary before that",
-            notice.member, notice.job, notice.left
+            "{} will be gone from {} in {}; it leaves at a step boundary before that, and {}",
+            notice.member.member,
+            notice.member.job,
+            short(notice.left),
+            without(&notice.member)
         ),
     )
 }
@@ -90,7 +98,12 @@ pub(crate) fn resize(resize: &Resize) -> Result<(), Failure> {
     let connection = &resize.connection;
     let request = v1::ResizeRequest { job: resize.job.clone(), min: resize.min, max: resize.max };
     connection.operate(async |client| client.resize(request).await)?;
-    done(connection, format_args!("{} has {} to {} ranks from now on", resize.job, resize.min, resize.max))
+    let (job, min, max) = (&resize.job, resize.min, resize.max);
+    let request = v1::StatusRequest { job: job.clone(), members_max: 1 };
+    let now = connection.inspect(async |client| client.status(request).await);
+    let has_fewer = now.is_ok_and(|now| now.phase() == v1::Phase::Running && now.size < min);
+    let but = if has_fewer { "; the world that runs has fewer, and goes on until it changes" } else { "" };
+    done(connection, format_args!("{job} has {min} to {max} ranks from now on{but}"))
 }
 
 pub(crate) fn save(job: &Job) -> Result<(), Failure> {

@@ -42,6 +42,9 @@ pub(crate) enum Command {
     /// Show a job's status again and again, whenever it changes
     Watch(Watch),
     /// Show each generation of a job's world: its cause and its times
+    ///
+    /// Times begin when the coordinator learned of the cause: a worker that hung had then been silent for as long as
+    /// `serve --silence` says. LOST counts the steps that the coordinator had heard of.
     History(Job),
     /// Show a job's committed checkpoints, or verify what lies in a directory
     Checkpoints(Checkpoints),
@@ -92,8 +95,8 @@ pub(crate) struct Serve {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Demo {
-    /// How many steps to train
-    #[arg(long, default_value_t = 1200)]
+    /// How many steps to train; fewer than 1000 would be over before all has happened
+    #[arg(long, default_value_t = 1200, value_parser = clap::value_parser!(u64).range(1000..))]
     pub(crate) steps: u64,
     /// The least time a step takes while the fleet is disturbed, in milliseconds: so that there are steps to disturb
     #[arg(long, default_value_t = 20)]
@@ -147,9 +150,9 @@ pub(crate) struct Checkpoints {
     #[command(flatten)]
     pub(crate) connection: Connection,
     /// The job
-    #[arg(required_unless_present = "dir")]
+    #[arg(required_unless_present = "dir", conflicts_with = "dir")]
     pub(crate) job: Option<String>,
-    /// Look at the files in this directory instead of asking the coordinator
+    /// Read and check the files in this directory instead of asking the coordinator
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
 }
@@ -167,11 +170,7 @@ pub(crate) struct Member {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Notice {
     #[command(flatten)]
-    pub(crate) connection: Connection,
-    /// The job
-    pub(crate) job: String,
-    /// The member's name
-    pub(crate) member: String,
+    pub(crate) member: Member,
     /// How long its machine can still be expected to live
     #[arg(long = "in", default_value = "120s", value_parser = duration)]
     pub(crate) left: Duration,

@@ -44,7 +44,17 @@ pub(crate) fn demo(args: &Demo) -> Result<(), Failure> {
     processes::end_on_interrupt()?;
     let outcome = match run(args, &worker, &dir) {
         Ok(outcome) => outcome,
-        Err(why) => return Err(Failure::new(Kind::Failed, why, logs_hint(&dir))),
+        Err(why) => {
+            if let Some(file) = &args.to {
+                // Whoever reads it learns at least that it did not hold, and why.
+                let json = serde_json::json!({ "ok": false, "complaints": [format!("{why:#}")] });
+                let _ = std::fs::write(file, json.to_string());
+            }
+            if std::fs::metadata(&report_file).is_ok_and(|file| file.len() == 0) {
+                let _ = std::fs::remove_file(&report_file);
+            }
+            return Err(Failure::new(Kind::Failed, why, logs_hint(&dir)));
+        }
     };
     outcome.print();
     if let Some(file) = &args.to {
@@ -69,9 +79,12 @@ fn logs_hint(dir: &Path) -> String {
     format!("the logs are in {}", dir.display())
 }
 
-fn writable(file: &Path) -> Result<()> {
+fn writable(file: &Path) -> Result<(), Failure> {
     let opened = File::options().create(true).append(true).open(file);
-    opened.map(|_| ()).with_context(|| format!("cannot write {}", file.display()))
+    opened.map(|_| ()).map_err(|why| {
+        let error = anyhow::Error::from(why).context(format!("cannot write {}", file.display()));
+        Failure::new(Kind::Failed, error, "name another file with --json or --report")
+    })
 }
 
 /// A directory that nothing is in yet: an older run's store would know its job as ended.

@@ -81,7 +81,8 @@ pub(crate) fn call(status: &tonic::Status, coordinator: &str) -> Failure {
 }
 
 pub(crate) fn unreachable(coordinator: &str, error: anyhow::Error) -> Failure {
-    let hint = "start one with `reknit serve`, or name another with --coordinator or REKNIT_COORDINATOR";
+    let hint = "see whether `reknit serve` runs there and is well, or name another coordinator with --coordinator or \
+                REKNIT_COORDINATOR";
     // What lies between says nothing to whoever reads it.
     let error = anyhow::anyhow!("no coordinator answers at {coordinator}: {}", error.root_cause());
     Failure::new(Kind::Unreachable, error, hint)

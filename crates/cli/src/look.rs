@@ -4,6 +4,7 @@ pub(crate) mod show;
 
 use std::path::{Path, PathBuf};
 
+use reknit_checkpoint::{Condition, Listed};
 use reknit_membership::record::Commit;
 use reknit_proto::v1::inspect_client::InspectClient;
 use reknit_proto::{inspect, v1};
@@ -56,6 +57,8 @@ fn jobs(connection: &Connection) -> Result<(), Failure> {
 pub(crate) fn watch(args: &Watch) -> Result<(), Failure> {
     let connection = &args.connection;
     let request = v1::StatusRequest { job: args.job.clone(), members_max: args.members };
+    // What was shown last, without what changes by the clock alone.
+    let mut shown = None;
     connection.run(async |channel| {
         let failed = |status: &tonic::Status| failure::call(status, &connection.coordinator);
         let mut client = InspectClient::new(channel);
@@ -64,6 +67,12 @@ pub(crate) fn watch(args: &Watch) -> Result<(), Failure> {
         })?;
         let mut stream = begun.map_err(|status| failed(&status))?.into_inner();
         while let Some(reply) = stream.message().await.map_err(|status| failed(&status))? {
+            let is_over = reply.phase() == v1::Phase::Closed;
+            let timeless = Some(without_times(reply.clone()));
+            if shown == timeless {
+                continue;
+            }
+            shown = timeless;
             if connection.json {
                 let total = reply.members_total;
                 let status = inspect::status(reply).map_err(garbled)?;
@@ -73,13 +82,19 @@ pub(crate) fn watch(args: &Watch) -> Result<(), Failure> {
                 show::clear_screen();
                 show_status(connection, reply)?;
             }
-            if print::is_over() {
+            if is_over || print::is_over() {
                 return Ok(());
             }
         }
         let error = anyhow::anyhow!("it has stopped, or does not serve {} any more", args.job);
         Err(failure::unreachable(&connection.coordinator, error))
     })
+}
+
+fn without_times(mut status: v1::JobStatus) -> v1::JobStatus {
+    status.members.iter_mut().for_each(|member| member.lease_left_us = 0);
+    status.waiting.iter_mut().for_each(|waiting| waiting.left_us = 0);
+    status
 }
 
 pub(crate) fn history(args: &Job) -> Result<(), Failure> {
@@ -134,11 +149,37 @@ pub(crate) fn checkpoints(args: &Checkpoints) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Whatever lies there is read to the last byte.
 fn files(connection: &Connection, dir: &Path) -> Result<(), Failure> {
-    let listed = reknit_checkpoint::list(dir).map_err(|why| {
+    if !dir.is_dir() {
+        let error = anyhow::anyhow!("there is no directory {}", dir.display());
+        return Err(Failure::new(
+            Kind::Failed,
+            error,
+            "name the one that the workers were given, or one within it",
+        ));
+    }
+    let mut listed = reknit_checkpoint::list(dir).map_err(|why| {
         let hint = why.hint();
         Failure::new(Kind::Failed, why, hint)
     })?;
+    for one in &mut listed {
+        if let Condition::Complete { manifest, .. } = &one.condition
+            && let Err(error) = reknit_checkpoint::verify(dir, manifest)
+        {
+            one.condition = Condition::Damaged { error };
+        }
+    }
+    show_files(connection, dir, &listed)?;
+    let damaged = listed.iter().filter(|one| matches!(one.condition, Condition::Damaged { .. })).count();
+    if damaged == 0 {
+        return Ok(());
+    }
+    let error = anyhow::anyhow!("{damaged} of {} checkpoints cannot be loaded", listed.len());
+    Err(Failure::new(Kind::Failed, error, "a job that needs one of them goes back to the one before"))
+}
+
+fn show_files(connection: &Connection, dir: &Path, listed: &[Listed]) -> Result<(), Failure> {
     if connection.json {
         let listed: Vec<_> = listed.iter().map(show::listed_json).collect();
         print::json(&listed)?;

@@ -102,7 +102,9 @@ impl Operate for OperateService {
         if forgotten {
             Ok(Response::new(v1::OperateReply {}))
         } else {
-            Err(Status::failed_precondition("the job is not over; close it first"))
+            Err(Status::failed_precondition(
+                "the job is not over yet; close it first, and give its workers a few seconds to end",
+            ))
         }
     }
 }

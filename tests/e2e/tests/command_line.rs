@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
 
 use std::io::{BufRead as _, BufReader};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use reknit_e2e::{Coordinator, eventually, programs, reknit};
@@ -170,6 +171,18 @@ fn every_command_that_talks_to_a_coordinator_can_print_json() {
     let written = std::fs::read_dir(&dir).unwrap().next().unwrap().unwrap().path().display().to_string();
     let listed = json(&coordinator, &["checkpoints", "--dir", &written]);
     assert_eq!(listed.as_array().unwrap().len(), 1, "{listed}");
+    assert_eq!(listed[0]["condition"], "complete", "{listed}");
+    // One bit of it is enough to be found, and to be an error.
+    let step = PathBuf::from(listed[0]["path"].as_str().unwrap());
+    let files = std::fs::read_dir(&step).unwrap().map(|entry| entry.unwrap().path());
+    let shard = files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).min().unwrap();
+    let mut bytes = std::fs::read(&shard).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&shard, bytes).unwrap();
+    let ran = coordinator.reknit(&["checkpoints", "--dir", &written]);
+    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    assert!(ran.stdout.contains("damaged") && has_hint(&ran.stderr), "{}{}", ran.stdout, ran.stderr);
 
     // A drain that is taken back at once may still have been asked for: nobody leaves.
     assert_eq!(json(&coordinator, &["drain", "job", "a"]), done);
@@ -185,6 +198,8 @@ fn every_command_that_talks_to_a_coordinator_can_print_json() {
         workers[worker].ended();
     }
     assert_eq!(json(&coordinator, &["status", "job"])["closure"], "closed by an operator");
+    let watched = coordinator.reknit(&["watch", "job"]);
+    assert!(watched.code == 0 && watched.stdout.contains("closed by an operator"), "{watched:?}");
     assert_eq!(json(&coordinator, &["forget", "job"]), done);
     assert_eq!(json(&coordinator, &["status"]), serde_json::json!([]));
 

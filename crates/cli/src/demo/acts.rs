@@ -49,6 +49,8 @@ pub(super) struct Acts {
     pub(super) steps_without_coordinator: u64,
     /// When it was killed, and when it listened again.
     pub(super) coordinator_away: Option<(Timestamp, Timestamp)>,
+    /// The newest checkpoint that was committed when all workers were killed.
+    pub(super) committed_before_the_end: Option<u64>,
     /// What the killed worker was at: a step that it had begun, and that nobody could finish with it.
     pub(super) killed_inside: Option<super::evidence::Attempt>,
 }
@@ -263,6 +265,8 @@ fn all_are_killed_at_once(stage: &mut Stage<'_>) -> Result<()> {
     for worker in &stage.workers {
         worker.kill()?;
     }
+    let newest = stage.status()?.commits.last().map(|commit| commit.step.0);
+    stage.acts.committed_before_the_end = newest;
     let names: Vec<String> = stage.workers.iter().map(|worker| worker.name().to_owned()).collect();
     stage.workers.clear();
     for name in names.iter().take(3) {

@@ -90,7 +90,7 @@ impl Evidence {
         Ok(evidence)
     }
 
-    fn add(&mut self, text: &str) -> Result<()> {
+    pub(super) fn add(&mut self, text: &str) -> Result<()> {
         for line in text.lines() {
             match parse(line)? {
                 Line::Try { attempt, tried } => self.tried.entry(attempt).or_default().push(tried),

@@ -50,6 +50,8 @@ pub(super) struct Recovery {
     pub(super) steps_lost: u64,
     /// Where the state came from.
     pub(super) source: String,
+    /// The step that it went on from.
+    pub(super) resumed_at: u64,
     /// When the world's first step was committed.
     #[serde(skip)]
     pub(super) at: Timestamp,
@@ -251,6 +253,7 @@ fn recovery(acts: &[Act], change: &WorldChange, evidence: &Evidence) -> Option<R
         stall_ms: if is_planned(change) { ms(change.stopped, first_step) } else { ms(caused, first_step) },
         steps_lost: evidence.steps_before(change.generation.0).saturating_sub(resumed_at),
         source: change.source.map(show::source_text).unwrap_or_default(),
+        resumed_at,
         at: first_step,
     })
 }
@@ -288,11 +291,101 @@ fn complaints_of(acts: &Acts, recoveries: &[Recovery], evidence: &Evidence) -> V
             complaints.push(format!("generation {} lost {} steps", recovery.generation, recovery.steps_lost));
         }
     }
-    if !recoveries.iter().any(|recovery| recovery.source.starts_with("checkpoint")) {
-        complaints.push("nothing was restored from a checkpoint".to_owned());
+    let newest = acts.committed_before_the_end.unwrap_or(u64::MAX);
+    match recoveries.iter().rfind(|recovery| recovery.source.starts_with("checkpoint")) {
+        None => complaints.push("nothing was restored from a checkpoint".to_owned()),
+        Some(recovery) if recovery.resumed_at < newest => complaints.push(format!(
+            "training went on from step {} although the checkpoint of step {newest} was committed",
+            recovery.resumed_at
+        )),
+        Some(_) => {}
     }
     if recoveries.windows(2).any(|pair| pair[0].generation >= pair[1].generation) {
         complaints.push("generations do not rise".to_owned());
     }
     complaints
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::demo::evidence::Attempt;
+
+    const KILLED: &str = "SIGKILL in an all-reduce";
+    const ALL: &str = "SIGKILL of all; three come back";
+
+    fn recovery(generation: u64, cause: &str, source: &str, resumed_at: u64) -> Recovery {
+        Recovery {
+            cause: cause.to_owned(),
+            details: String::new(),
+            generation,
+            before: 4,
+            after: 3,
+            detect_ms: 1.0,
+            agree_ms: 1.0,
+            rebuild_ms: 1.0,
+            restore_ms: 1.0,
+            first_step_ms: 1.0,
+            total_ms: 5.0,
+            stall_ms: 5.0,
+            steps_lost: 0,
+            source: source.to_owned(),
+            resumed_at,
+            at: Timestamp(generation),
+        }
+    }
+
+    /// A run in which everything held.
+    fn good() -> (Acts, Vec<Recovery>) {
+        let act = |title, after_generation| Act { title, at: Timestamp(0), after_generation };
+        let acts = Acts {
+            acts: vec![act(KILLED, 1), act(ALL, 2)],
+            steps_without_coordinator: 90,
+            committed_before_the_end: Some(400),
+            killed_inside: Some(Attempt { step: 7, generation: 1 }),
+            ..Acts::default()
+        };
+        let recoveries = vec![
+            recovery(1, "start", "initial state", 0),
+            recovery(2, KILLED, "memory", 7),
+            recovery(3, ALL, "checkpoint of step 400", 400),
+        ];
+        (acts, recoveries)
+    }
+
+    fn complaints(spoil: impl FnOnce(&mut Acts, &mut Vec<Recovery>)) -> Vec<String> {
+        let (mut acts, mut recoveries) = good();
+        spoil(&mut acts, &mut recoveries);
+        complaints_of(&acts, &recoveries, &Evidence::default())
+    }
+
+    #[test]
+    fn each_promise_of_the_play_that_is_not_kept_is_told() {
+        assert_eq!(complaints(|_, _| {}), Vec::<String>::new());
+        let told = |part: &str, spoil: &dyn Fn(&mut Acts, &mut Vec<Recovery>)| {
+            let complaints = complaints(|acts, recoveries| spoil(acts, recoveries));
+            assert!(complaints.iter().any(|complaint| complaint.contains(part)), "{part}: {complaints:?}");
+        };
+        told("no recovery follows from: SIGKILL in", &|_, recoveries| {
+            recoveries.remove(1);
+        });
+        told("2 generations were spent", &|acts, _| acts.generations_spent_on_coordinator_restart = 2);
+        told("stood still while the coordinator", &|acts, _| acts.steps_without_coordinator = 0);
+        told("nobody was killed in the middle", &|acts, _| acts.killed_inside = None);
+        told("generation 2 lost 3 steps", &|_, recoveries| recoveries[1].steps_lost = 3);
+        told("nothing was restored from a checkpoint", &|_, recoveries| {
+            recoveries[2].source = "initial state".to_owned();
+        });
+        told("the checkpoint of step 400 was committed", &|_, recoveries| recoveries[2].resumed_at = 350);
+        told("generations do not rise", &|_, recoveries| recoveries[2].generation = 2);
+    }
+
+    #[test]
+    fn a_step_that_was_finished_without_one_of_its_ranks_is_told() {
+        let (acts, recoveries) = good();
+        let mut evidence = Evidence::default();
+        evidence.add("done 7 1 0 0.5").unwrap();
+        let complaints = complaints_of(&acts, &recoveries, &evidence);
+        assert!(complaints[0].contains("step 7 was finished although a rank died in it"), "{complaints:?}");
+    }
 }

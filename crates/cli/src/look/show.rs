@@ -127,7 +127,8 @@ pub(super) fn status(status: &Status, members_total: u32) {
         return;
     }
     print::data(format_args!(""));
-    let rows: Vec<Vec<String>> = status.members.iter().map(member_row).collect();
+    let runs = status.phase == PhaseName::Running;
+    let rows: Vec<Vec<String>> = status.members.iter().map(|member| member_row(member, runs)).collect();
     print::table(&["RANK", "MEMBER", "STATE", "STEP", "LEASE", "ADDRESS"], &rows);
     let hidden = members_total as usize - status.members.len().min(members_total as usize);
     if hidden > 0 {
@@ -135,11 +136,12 @@ pub(super) fn status(status: &Status, members_total: u32) {
     }
 }
 
-fn member_state(member: &MemberStatus) -> &'static str {
+fn member_state(member: &MemberStatus, runs: bool) -> &'static str {
     match (member.drain, member.attached, member.rank) {
         (Some(_), _, _) => "draining",
         (None, false, _) => "detached",
         (None, true, None) if !member.available => "starting",
+        (None, true, None) if !runs => "waiting",
         (None, true, None) => "spare",
         (None, true, Some(_)) => "in",
     }
@@ -153,11 +155,11 @@ fn ranks(member: &MemberStatus) -> String {
     }
 }
 
-fn member_row(member: &MemberStatus) -> Vec<String> {
+fn member_row(member: &MemberStatus, runs: bool) -> Vec<String> {
     vec![
         ranks(member),
         member.name.as_str().to_owned(),
-        member_state(member).to_owned(),
+        member_state(member, runs).to_owned(),
         member.step.to_string(),
         short(member.lease_left),
         member.address.clone(),
@@ -182,7 +184,7 @@ pub(super) fn status_json(status: &Status, members_total: u32) -> Value {
                 "member": member.member.to_string(),
                 "rank": member.rank.map(|rank| rank.0),
                 "slots": member.slots,
-                "state": member_state(member),
+                "state": member_state(member, status.phase == PhaseName::Running),
                 "step": member.step.0,
                 "lease_ms": member.lease_left.as_millis() as u64,
                 "deadline_us": member.drain.and_then(|drain| drain.deadline).map(|at| at.0),
@@ -280,7 +282,13 @@ pub(super) fn change_row(change: &WorldChange) -> Vec<String> {
         time(p.restore),
         time(p.first_step),
         time(change.total()),
-        change.steps_lost.to_string(),
+        match change.source {
+            // Steps are not told one by one: there may have been more.
+            Some(Source::Checkpoint { .. }) => format!("≥ {}", change.steps_lost),
+            Some(Source::Memory | Source::AbandonedMemory | Source::Initial) | None => {
+                change.steps_lost.to_string()
+            }
+        },
         change.source.map_or("-".to_owned(), source_text),
     ]
 }
