@@ -174,6 +174,7 @@ mod tests {
         }
     }
 
+    /// Rule C-11.
     #[test]
     fn the_parts_cover_everything_once_and_differ_by_one_at_most() {
         for size in SIZES {

@@ -65,8 +65,8 @@ pub enum TrainError {
     System(#[from] std::io::Error),
 }
 
-/// The world broke while this step was on its way. Nothing is lost: ask for the next step, which will be this one
-/// again, in the next world.
+/// The world broke while this step was on its way, or a worker could not do its part of it. Nothing is lost: ask for the
+/// next step, which will be this one again, in the next world if this one is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the world broke; the step will be done again in the next one")]
+#[error("the step was interrupted; it will be done again")]
 pub struct Interrupted;

@@ -10,6 +10,7 @@
 //! Anything it has said may be lost with the stream it was said on. So it never remembers that something was *said*, only
 //! what is *so*; and when a new stream is up it says again whatever is so and still waits for an answer.
 
+mod ends;
 mod output;
 mod saves;
 
@@ -18,7 +19,7 @@ use std::time::Duration;
 
 use reknit_membership::event::{Event, Join, Message};
 use reknit_membership::holding::{Holding, Moved, Plan, Resume};
-use reknit_membership::reason::{Departure, Refusal};
+use reknit_membership::reason::Refusal;
 use reknit_membership::spec::{Shape, Spec};
 use reknit_membership::world::Place;
 use reknit_membership::{Generation, HistoryId, MemberId, MemberName, Rank, Step, Timestamp};
@@ -195,7 +196,13 @@ impl Session {
         self.world.as_ref().is_some_and(|world| world.boundary_requested)
     }
 
-    /// Whether an operator wants a checkpoint.
+    /// The program wants a checkpoint, whether or not one is due.
+    pub fn wishes_save(&mut self) -> Vec<Output> {
+        self.world.iter_mut().for_each(|world| world.save_requested = true);
+        Vec::new()
+    }
+
+    /// Whether an operator or the program wants a checkpoint.
     pub fn save_requested(&self) -> bool {
         self.world.as_ref().is_some_and(|world| world.save_requested)
     }
@@ -225,45 +232,6 @@ impl Session {
     /// The stream ended.
     pub fn disconnected(&mut self) {
         self.attached = false;
-    }
-
-    /// The coordinator cannot be talked to, and trying again will not help.
-    pub fn rejected(&mut self, why: String) -> Vec<Output> {
-        self.finish(End::Rejected { why })
-    }
-
-    /// The program leaves.
-    pub fn leave(&mut self) -> Vec<Output> {
-        self.goes(End::Left)
-    }
-
-    /// The operating system does not give this process what a world needs. Nobody else is to blame, and the others are
-    /// not to wait: it leaves.
-    pub fn machine_failed(&mut self, why: String) -> Vec<Output> {
-        self.goes(End::MachineFailed { why })
-    }
-
-    fn goes(&mut self, end: End) -> Vec<Output> {
-        if self.end.is_some() {
-            return Vec::new();
-        }
-        let mut out = vec![Output::Send(Event::Leave { member: self.member })];
-        out.extend(self.finish(end));
-        out
-    }
-
-    fn finish(&mut self, end: End) -> Vec<Output> {
-        let mut out = self.drop_worlds();
-        self.end.get_or_insert(end);
-        out.push(Output::Wake);
-        out
-    }
-
-    /// Whatever it takes part in, or serves, is over for it.
-    fn drop_worlds(&mut self) -> Vec<Output> {
-        let own = self.world.as_ref().map(|world| world.place.generation);
-        let newest = own.max(self.serving.take());
-        newest.map(|generation| Output::Abort { generation }).into_iter().collect()
     }
 
     /// The coordinator said something.
@@ -322,6 +290,10 @@ impl Session {
     }
 
     fn is_let_in(&mut self, history: HistoryId, renew_every: Duration) -> Vec<Output> {
+        if let Some(theirs) = self.history.filter(|ours| self.placed && *ours != history) {
+            // It was let into another life of the job than the one it has a state of.
+            return self.finish(End::Refused(Refusal::OtherHistory { ours: history, theirs }));
+        }
         self.attached = true;
         self.history = Some(history);
         self.renew_every = renew_every;
@@ -365,52 +337,6 @@ impl Session {
             step: *step,
         }));
         events
-    }
-
-    fn refused(&mut self, refusal: Refusal) -> Vec<Output> {
-        match refusal {
-            // It lost its lease, but not its state: it comes back as a new member.
-            Refusal::Departed(
-                Departure::Died
-                | Departure::Silent
-                | Departure::Gone
-                | Departure::Unready
-                | Departure::Unrestored
-                | Departure::Stuck
-                | Departure::Unreachable
-                | Departure::Diverged,
-            ) => self.come_back(),
-            // It was a member to the end; only the last word was lost with the stream it was said on.
-            Refusal::JobClosed(closure) if self.placed => self.finish(End::Closed(closure)),
-            Refusal::Departed(Departure::Drained) if self.placed => self.finish(End::Released),
-            Refusal::Departed(
-                Departure::Replaced { .. }
-                | Departure::Left
-                | Departure::Drained
-                | Departure::Evicted
-                | Departure::StateLost,
-            )
-            | Refusal::JobClosed(_)
-            | Refusal::BadSpec(_)
-            | Refusal::BadSlots { .. }
-            | Refusal::OtherShape { .. }
-            | Refusal::OtherRecipe
-            | Refusal::OtherHistory { .. }
-            | Refusal::TooManyMembers { .. } => self.finish(End::Refused(refusal)),
-        }
-    }
-
-    fn come_back(&mut self) -> Vec<Output> {
-        let mut out = self.drop_worlds();
-        self.world = None;
-        self.member = (self.next_id)();
-        self.attached = false;
-        self.saves.clear();
-        self.failed_saves.clear();
-        self.notice_known = false;
-        out.push(Output::Reconnect);
-        out.push(Output::Wake);
-        out
     }
 
     fn new_world(&mut self, place: Place, secret: SecretBytes) -> Vec<Output> {

@@ -22,6 +22,7 @@ pub struct Step<'t> {
     pub(crate) state_replaced: bool,
     word: ControlWord,
     collectives: u32,
+    failed: bool,
 }
 
 /// The samples of one rank in one step, as indices into the data set.
@@ -64,8 +65,8 @@ impl<'t> Step<'t> {
         state_replaced: bool,
     ) -> Step<'t> {
         let index = trainer.steps_done();
-        let (word, collectives) = (ControlWord::default(), 0);
-        Step { trainer, generation, index, rank, size, state_replaced, word, collectives }
+        let (word, collectives, failed) = (ControlWord::default(), 0, false);
+        Step { trainer, generation, index, rank, size, state_replaced, word, collectives, failed }
     }
 
     /// Which step it is, counted from zero: as many have been committed before it.
@@ -112,7 +113,7 @@ impl<'t> Step<'t> {
     /// bits. Shares of different sizes are weighted; a rank without samples adds nothing, whatever is in `mean`.
     ///
     /// # Errors
-    /// [`Interrupted`] if the world broke: `mean` is then what it was.
+    /// [`Interrupted`] if the world broke or a rank has [failed](Step::fail): `mean` is then what it was.
     pub fn all_reduce_mean<T: Gradient>(&mut self, mean: &mut [T]) -> Result<(), Interrupted> {
         let samples = self.samples().len();
         let weight = samples as f64 / self.trainer.order().global_batch as f64;
@@ -129,10 +130,18 @@ impl<'t> Step<'t> {
         reduced
     }
 
+    /// This worker cannot do its part of the step: its samples cannot be read, say, or its numbers are none. The step's
+    /// next collective, which it must still take part in, then ends as [`Interrupted`] on every rank, and the step is
+    /// given out again, in the same world.
+    pub fn fail(&mut self) {
+        self.failed = true;
+    }
+
     /// Combines one value per element over all ranks, in place.
     ///
     /// # Errors
-    /// [`Interrupted`] if the world broke: `data` is then what it was.
+    /// [`Interrupted`] if the world broke: `data` is then what it was. Or if a rank has [failed](Step::fail): then it
+    /// holds what the ranks gave.
     pub fn all_reduce<T: Element>(&mut self, data: &mut [T], op: ReduceOp) -> Result<(), Interrupted> {
         self.collective(|group, word| group.all_reduce(data, op, word))
     }
@@ -141,14 +150,19 @@ impl<'t> Step<'t> {
     /// control word they are given.
     ///
     /// # Errors
-    /// [`Interrupted`] if the world broke.
+    /// [`Interrupted`] if the world broke, or a rank has [failed](Step::fail).
     pub fn collective(
         &mut self,
         run: impl FnOnce(&mut Group, ControlWord) -> Result<ControlWord, Broken>,
     ) -> Result<(), Interrupted> {
-        let wishes = self.trainer.wishes();
+        let mut wishes = self.trainer.wishes();
+        if self.failed {
+            wishes |= ControlWord::FAILED;
+        }
         let Some(group) = self.trainer.group(self.generation) else { return Err(Interrupted) };
         match run(group, wishes) {
+            // All ranks see it at the same collective, so all begin the step again.
+            Ok(word) if word.contains(ControlWord::FAILED) => Err(Interrupted),
             Ok(word) => {
                 self.word |= word;
                 self.collectives += 1;

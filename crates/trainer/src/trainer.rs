@@ -1,20 +1,20 @@
 //! The program's side of the library: joining, and the next step.
 
+mod saving;
+
 use std::any::Any;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use reknit_checkpoint::load::{LoadError, Part, load_into, open};
-use reknit_checkpoint::{Digester, Layout, SaveMeta, Stall, State, prepare_dir, state_digest};
+use reknit_checkpoint::{Digester, Layout, State, prepare_dir, state_digest};
 use reknit_collectives::{AbortHandle, BreakReason, Broken, ControlWord, Group, Listener, ListenerOptions};
-use reknit_membership::holding::{Load, Plan, Resume};
+use reknit_membership::holding::{Plan, Resume};
 use reknit_membership::spec::{Shape, Sharding};
 use reknit_membership::world::Place;
-use reknit_membership::{Digest, Generation, Lineage, MemberId, Rank, Step as StepNumber, WorldSize};
+use reknit_membership::{Digest, Generation, Lineage, MemberId, Step as StepNumber};
 
 use crate::error::TrainError;
 use crate::held::Held;
@@ -23,7 +23,7 @@ use crate::link;
 use crate::options::Options;
 use crate::order::DataOrder;
 use crate::restore::{Fetching, RestoreError, fetch, serve};
-use crate::saves::{self, Saves, explained};
+use crate::saves::Saves;
 use crate::session::{Directive, End, Identity, Session};
 use crate::step::Step;
 
@@ -35,11 +35,6 @@ const SAY_AFTER: Duration = Duration::from_secs(5);
 const SAY_EVERY: Duration = Duration::from_secs(60);
 /// How long a finished program waits for its last checkpoint to be committed.
 const LAST_COMMIT: Duration = Duration::from_secs(30);
-
-/// How often it is tried to read a checkpoint from storage that fails …
-const LOAD_TRIES: u32 = 4;
-/// … and how long is waited before the second time; then longer each time.
-const LOAD_AGAIN: Duration = Duration::from_millis(100);
 
 /// One worker of a job.
 pub struct Trainer {
@@ -78,6 +73,12 @@ impl Handle {
     pub fn notice(&self, left: Duration) {
         self.hub.bring(|session| session.notice(link::now().after(left)));
         self.hub.notice_arrived(Some(left));
+    }
+
+    /// Asks for a checkpoint after the step that is being done, or the one after it. Without a world, or without a
+    /// directory for checkpoints, nothing follows.
+    pub fn save(&self) {
+        self.hub.bring(Session::wishes_save);
     }
 }
 
@@ -155,31 +156,6 @@ impl Trainer {
         };
         trainer.wait_until_let_in()?;
         Ok(trainer)
-    }
-
-    /// Where the job's checkpoints lie, if there are any. Certain once there is a world: only then is it certain which
-    /// history the job's record has.
-    fn checkpoints_dir(&self) -> Option<PathBuf> {
-        let wish = self.options.checkpoints.as_ref()?;
-        let history = self.hub.look(Session::history).unwrap_or_default();
-        Some(saves::directory(&wish.dir, &self.options.job, history))
-    }
-
-    /// Makes ready for checkpoints. Where they cannot be written now, they may be later: training goes on without.
-    fn prepare_saves(&mut self) {
-        let Some(dir) = self.checkpoints_dir().filter(|_| self.saves.is_none()) else { return };
-        let (job, layout) = (self.options.job.clone(), self.layout.clone());
-        saves::warn_of_others(&dir, &job);
-        match Saves::start(&self.hub, dir, job, layout, &mut self.saves_inbox) {
-            Ok(saves) => self.saves = Some(saves),
-            Err(why) => {
-                tracing::warn!(
-                    error = explained(&why),
-                    hint = why.hint(),
-                    "no checkpoints can be made at present"
-                );
-            }
-        }
     }
 
     fn wait_until_let_in(&mut self) -> Result<(), TrainError> {
@@ -377,23 +353,6 @@ impl Trainer {
         Ok(())
     }
 
-    /// Whether a checkpoint of the last step is still to be committed. The world that did the step may have broken before
-    /// its checkpoint was whole, or have been busy with the one before: then it is made now.
-    fn is_last_to_come(&mut self, place: &Place, step: StepNumber, state: &dyn State) -> bool {
-        let look = |session: &Session| {
-            (session.has_commit_of(step), session.awaits_commit(step), session.is_saving_busy())
-        };
-        let (has_commit, awaits_commit, is_busy) = self.hub.look(look);
-        if has_commit || awaits_commit || self.last_saved_in == Some(place.generation) {
-            return awaits_commit;
-        }
-        if !is_busy {
-            let meta = self.save_meta(place.generation, place.rank, place.size, step);
-            self.save_if_due(meta, false, state);
-        }
-        self.options.checkpoints.is_some()
-    }
-
     /// Brings the state to where the plan says, and says what became of it.
     fn restore<S: State>(&mut self, plan: &Plan, state: &mut S) {
         let Some((secret, abort)) = self.hub.begin_plan(plan) else { return };
@@ -433,27 +392,6 @@ impl Trainer {
             self.held = Held::At(plan.resume);
         }
         self.hub.bring(|session| session.restored(plan, moved));
-    }
-
-    fn load(&self, load: &Load, state: &mut dyn State, abort: &AbortHandle) -> Result<(), String> {
-        let Some(dir) = self.checkpoints_dir() else {
-            return Err("this worker was given no directory of checkpoints".to_owned());
-        };
-        let commit = &load.commit;
-        let mut tries = 1;
-        loop {
-            let loaded = open(&dir, commit.step, commit.generation, commit.manifest)
-                .and_then(|manifest| load_into(&dir, &manifest, Part::All, state));
-            match loaded {
-                Ok(_) => return Ok(()),
-                // What a storage server's hiccup looks like; what is missing or damaged stays so.
-                Err(LoadError::Io { .. }) if tries < LOAD_TRIES && !abort.is_aborted() => {
-                    std::thread::sleep(LOAD_AGAIN * tries);
-                    tries += 1;
-                }
-                Err(why) => return Err(format!("{}; {}", explained(&why), why.hint())),
-            }
-        }
     }
 
     pub(crate) fn hub(&self) -> &Arc<Hub> {
@@ -518,52 +456,6 @@ impl Trainer {
 
     pub(crate) fn fail_for_good(&mut self, why: String) {
         self.failure = Some(why);
-    }
-
-    pub(crate) fn save_meta(
-        &self,
-        generation: Generation,
-        rank: Rank,
-        world_size: WorldSize,
-        step: StepNumber,
-    ) -> SaveMeta {
-        let (job, lineage) = (self.options.job.clone(), self.lineage());
-        SaveMeta { job, step, lineage, generation, rank, world_size }
-    }
-
-    /// Begins a checkpoint of the state, if one is due after its step.
-    pub(crate) fn save_if_due(
-        &mut self,
-        meta: SaveMeta,
-        asked_for: bool,
-        state: &dyn State,
-    ) -> Option<Stall> {
-        let every = self.options.checkpoints.as_ref()?.every;
-        let (generation, step) = (meta.generation, meta.step);
-        if !asked_for && !step.0.is_multiple_of(every) && !self.is_last(step.0) {
-            return None;
-        }
-        if self.is_last(step.0) {
-            self.last_saved_in = Some(generation);
-        }
-        self.prepare_saves();
-        let Some(saves) = &self.saves else {
-            self.hub.bring(|session| session.save_failed(generation, step));
-            return None;
-        };
-        // Said first: the part may be on the disk before `begin` returns.
-        self.hub.bring(|session| {
-            session.save_begins(generation, step);
-            Vec::new()
-        });
-        match saves.begin(meta, state) {
-            Ok(stall) => Some(stall),
-            Err(why) => {
-                tracing::warn!(%step, error = explained(&why), hint = why.hint(), "no checkpoint of this step");
-                self.hub.bring(Session::own_save_failed);
-                None
-            }
-        }
     }
 }
 

@@ -127,6 +127,20 @@ fn t7_the_last_steps_checkpoint_is_made_by_those_who_are_left() {
 }
 
 #[test]
+fn a_program_gets_a_checkpoint_when_it_asks_for_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let job = Job::new(0);
+    let with = |options: Options| options.checkpoints(dir.path(), 1_000_000, 3).unwrap();
+    let workers = ["a", "b"].map(|name| job.worker_with(name, None, with));
+    job.steps(20);
+    assert_eq!(complete(dir.path()), BTreeSet::new());
+    workers[1].handle.save();
+    eventually("the checkpoint", || (complete(dir.path()).len() == 1).then_some(()));
+    job.ends();
+    assert!(workers.map(common::Worker::outcome).iter().all(|outcome| outcome.steps > 20));
+}
+
+#[test]
 fn a_directory_that_cannot_be_written_to_is_said_before_the_job_has_the_worker() {
     let (coordinator, dir) = (Coordinator::start(), tempfile::tempdir().unwrap());
     let file = dir.path().join("a file");

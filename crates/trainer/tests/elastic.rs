@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use common::{Coordinator, Job, ORDER, Outcome, expected};
-use reknit_trainer::{DataOrder, End, NamedTensors, Notice, Options, Trainer};
+use reknit_trainer::{DataOrder, End, NamedTensors, Notice, Options, ReduceOp, Trainer};
 
 /// Rules T-1 and T-2 at the end of a job: everybody who stayed has the same state, it is the one that the data order
 /// says, and each step that counts was shared out whole.
@@ -164,6 +164,43 @@ fn t3_a_gradient_that_was_not_reduced_is_what_it_was() {
         assert_eq!(mean.map(f32::to_bits), gradient.map(f32::to_bits));
         gone.join().unwrap();
     });
+}
+
+#[test]
+fn t1_a_step_that_one_worker_cannot_do_is_done_again_by_all_in_the_same_world() {
+    let coordinator = Coordinator::start();
+    let sums = std::thread::scope(|scope| {
+        let work = |name: &'static str| {
+            let url = coordinator.url();
+            move || {
+                let options = Options::new(url, "job", ORDER).unwrap().name(name).unwrap();
+                let mut state = NamedTensors::new().with_f64("sum", [1], vec![0.0]);
+                let mut trainer = Trainer::join(options.workers(2, 2).unwrap().steps(20), &state).unwrap();
+                let (mut interrupted, mut generations) = (0, BTreeSet::new());
+                while let Some(mut step) = trainer.next_step(&mut state).unwrap() {
+                    generations.insert(step.generation());
+                    let mut sum = [step.samples().map(|sample| sample as f64).sum::<f64>()];
+                    if name == "b" && step.index() % 5 == 3 && interrupted <= step.index() / 5 {
+                        // Its samples are not to be had at the first try.
+                        sum = [f64::NAN];
+                        step.fail();
+                    }
+                    if step.all_reduce(&mut sum, ReduceOp::Sum).is_err() {
+                        interrupted += 1;
+                        continue;
+                    }
+                    state.f64_mut("sum")[0] += sum[0];
+                    step.commit(&state);
+                }
+                (state.f64("sum")[0], interrupted, generations.len())
+            }
+        };
+        let threads: Vec<_> = ["a", "b"].map(|name| scope.spawn(work(name))).into();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    let all: u64 =
+        (0..20).flat_map(|step| ORDER.positions(step)).map(|position| ORDER.sample(position)).sum();
+    assert_eq!(sums, [(all as f64, 4, 1), (all as f64, 4, 1)]);
 }
 
 #[test]

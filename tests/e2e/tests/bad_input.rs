@@ -10,7 +10,7 @@ use reknit_e2e::{Coordinator, Process, eventually};
 use reknit_membership::event::Join;
 use reknit_membership::spec::{Shape, Sharding};
 use reknit_membership::{
-    Digest, Event, Generation, JobId, MemberId, MemberName, Message, Spec, Step, Timestamp,
+    Digest, Event, Generation, Holding, JobId, MemberId, MemberName, Message, Spec, Step, Timestamp,
 };
 use reknit_proto::rendezvous::{self, Introduction};
 use reknit_proto::v1;
@@ -182,46 +182,48 @@ fn a_message_over_the_limit_ends_its_stream_and_nobody_elses() {
     goes_on(&coordinator, "job", generation);
 }
 
-#[test]
-fn a_member_that_never_answers_is_left_out_after_a_bounded_wait() {
-    // Long enough that a busy machine does not make it silent, too.
-    let coordinator = Coordinator::start_with_silence("1s");
-    let spec = Spec { min: 1, max: 4, unit: 1, keep: 1 };
-    let runtime = runtime();
-    let mute = runtime.block_on(async {
-        let first = rendezvous::from_introduction(&introduction("job", "mute", spec));
-        attend(coordinator.url(), first).await.unwrap()
-    });
-    runtime.block_on(async {
-        // It is alive, for it renews its lease; but it does not answer the world that it is told of.
-        let (said, mut heard) = mute;
-        let (mut worlds, mut refused) = (0, false);
-        let mut renew = tokio::time::interval(Duration::from_millis(40));
-        while !refused {
-            tokio::select! {
-                _ = renew.tick() => {
-                    let event = Event::Renew {
-                        member: MemberId(0),
-                        generation: Generation(0),
-                        step: Step(0),
-                    };
-                    let renewal = rendezvous::from_event(&event, Timestamp(0)).unwrap();
-                    // It may have been struck off meanwhile.
-                    let _ = said.send(renewal).await;
-                }
-                message = heard.message() => match message.unwrap().map(|m| rendezvous::told(m).unwrap().message) {
-                    Some(Message::World(_)) => worlds += 1,
-                    Some(Message::Refused(why)) => {
-                        assert!(why.to_string().contains("did not answer"), "{why}");
-                        refused = true;
+/// What one member of the bare protocol is told before it is refused or told to go.
+async fn plays(url: String, name: &str, answers: bool) -> (usize, Message) {
+    let introduction = introduction("job", name, Spec { min: 1, max: 4, unit: 1, keep: 1 });
+    let member = introduction.member;
+    let (said, mut heard) = attend(url, rendezvous::from_introduction(&introduction)).await.unwrap();
+    let (mut worlds, mut generation) = (0, Generation(0));
+    let mut renew = tokio::time::interval(Duration::from_millis(40));
+    loop {
+        let event = tokio::select! {
+            _ = renew.tick() => Event::Renew { member, generation, step: Step(0) },
+            message = heard.message() => {
+                match rendezvous::told(message.unwrap().expect("the stream ends with a word")).unwrap().message {
+                    Message::World(place) => {
+                        worlds += 1;
+                        if !answers {
+                            continue;
+                        }
+                        generation = place.generation;
+                        Event::Ready { member, generation, holding: Holding::Fresh { digest: Digest(1) } }
                     }
-                    Some(_) => {}
-                    None => break,
+                    last @ (Message::Refused(_) | Message::Go { .. }) => return (worlds, last),
+                    _ => continue,
                 }
             }
-        }
-        assert!(worlds > 0 && refused, "told of {worlds} worlds, struck off: {refused}");
+        };
+        // It may have been struck off meanwhile.
+        let _ = said.send(rendezvous::from_event(&event, Timestamp(0)).unwrap()).await;
+    }
+}
+
+#[test]
+fn a_member_that_never_answers_is_left_out_after_a_bounded_wait_and_the_others_go_on() {
+    // Long enough that a busy machine does not make it silent, too.
+    let coordinator = Coordinator::start_with_silence("1s");
+    let ((told, mute), (also_told, other)) = runtime().block_on(async {
+        // It is alive, for it renews its lease; but it does not answer the world that it is told of.
+        tokio::join!(plays(coordinator.url(), "mute", false), plays(coordinator.url(), "other", true))
     });
+    let Message::Refused(why) = mute else { panic!("{mute:?}") };
+    assert!(told == 1 && why.to_string().contains("did not answer"), "after {told} worlds: {why}");
+    assert!(matches!(other, Message::Go { .. }), "{other:?}");
+    assert_eq!(also_told, 2, "one with the mute member, one without");
 }
 
 #[test]

@@ -105,7 +105,10 @@ fn rules(text: &str) -> BTreeSet<String> {
         letter.len() == 1 && !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())
     };
     text.lines()
-        .filter_map(|line| line.strip_prefix("//! | ")?.split(" |").next())
+        .filter_map(|line| match line.strip_prefix("//! | ") {
+            Some(row) => row.split(" |").next(),
+            None => line.strip_prefix("//! - **")?.split("**").next(),
+        })
         .filter(|cell| is_rule(cell))
         .map(str::to_owned)
         .collect()

@@ -395,8 +395,18 @@ fn three_members_restore_and_save_and_fail_to() {
 }
 
 #[test]
+fn three_members_leave_or_bring_several_ranks() {
+    walk(&["leaves=1 deaths=1", "leaves=1 crashes=1", "wide=1 max=4 deaths=1 starts=1"]);
+}
+
+#[test]
 fn four_members_die() {
     walk(&["places=4 started=4 max=4 deaths=1"]);
+}
+
+#[test]
+fn four_members_of_which_one_joins_later_or_leaves_as_planned() {
+    walk(&["places=4 started=3 max=4 min=2 starts=1", "places=4 started=4 max=4 drains=1"]);
 }
 
 #[test]
