@@ -79,6 +79,9 @@ pub(crate) struct Serve {
     /// How long a silent member may live; every other wait follows from it
     #[arg(long, env = "REKNIT_SILENCE", default_value = "3s", value_parser = duration)]
     pub(crate) silence: Duration,
+    /// Which log events are shown, e.g. `debug` or `reknit_coordinator=debug`
+    #[arg(long, env = "REKNIT_LOG", default_value = "info")]
+    pub(crate) log: String,
     /// Listen on an address that other machines can reach although there is neither TLS nor a token
     #[arg(long)]
     pub(crate) insecure: bool,

@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::Serve;
 use crate::descriptors;
-use crate::failure::{self, Failure};
+use crate::failure::{self, Failure, Kind};
 use crate::print;
 
 pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
@@ -23,9 +23,12 @@ pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
     };
     let config = Config { listen: args.listen, store, silence: args.silence, limits: Limits::default() };
     if args.print_config {
-        return print_config(&config, args.json);
+        return print_config(&config, &args.log, args.json);
     }
-    let filter = EnvFilter::try_from_env("REKNIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_new(&args.log).map_err(|why| {
+        let error = anyhow::anyhow!("{:?} does not say which log events are shown: {why}", args.log);
+        Failure::new(Kind::Usage, error, "for instance `--log info`, or `--log reknit_coordinator=debug`")
+    })?;
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -70,7 +73,8 @@ fn raise_limit(connections: usize) {
     }
 }
 
-fn print_config(config: &Config, json: bool) -> Result<(), Failure> {
+fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
+    let timing = config.timing().map_err(|why| failure::serve(why.into()))?;
     let Limits {
         connections,
         first_bytes,
@@ -91,7 +95,19 @@ fn print_config(config: &Config, json: bool) -> Result<(), Failure> {
     let settings = [
         ("listen", json!(config.listen)),
         ("store", json!(store)),
-        ("silence_ms", ms(config.silence)),
+        ("log", json!(log)),
+        ("silence_ms", ms(timing.silence)),
+        // What follows from it.
+        ("settle_ms", ms(timing.settle)),
+        ("reattach_ms", ms(timing.reattach)),
+        ("takeover_ms", ms(timing.takeover)),
+        ("last_call_ms", ms(timing.last_call)),
+        ("merge_quiet_ms", ms(timing.merge_quiet)),
+        ("merge_max_ms", ms(timing.merge_max)),
+        ("establish_ms", ms(timing.establish)),
+        ("restore_ms", ms(timing.restore)),
+        ("busy_ms", ms(timing.busy)),
+        ("retry_ms", ms(timing.retry)),
         ("connections", json!(connections)),
         ("message_bytes", json!(message_bytes)),
         ("outbound", json!(outbound)),
