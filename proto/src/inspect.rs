@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use reknit_membership::reason::Waiting;
+use reknit_membership::reason::{SaveTrouble, Waiting};
 use reknit_membership::record::WorldChange;
 use reknit_membership::status::{MemberStatus, PhaseName, Status};
 use reknit_membership::world::Seat;
@@ -33,7 +33,15 @@ pub fn from_status(status: &Status, members_total: u32) -> v1::JobStatus {
         members: status.members.iter().map(from_member).collect(),
         members_total,
         commits: status.commits.iter().map(words::from_commit).collect(),
+        save_trouble: status.save_trouble.as_ref().map(|trouble| v1::SaveTrouble {
+            step: trouble.step.0,
+            member: trouble.member.as_str().to_owned(),
+        }),
     }
+}
+
+fn save_trouble(wire: v1::SaveTrouble) -> Checked<SaveTrouble> {
+    Ok(SaveTrouble { step: Step(wire.step), member: words::name(&wire.member)? })
 }
 
 /// Reads a job's status.
@@ -49,6 +57,7 @@ pub fn status(wire: v1::JobStatus) -> Checked<Status> {
         step: Step(wire.step),
         members: wire.members.into_iter().map(member).collect::<Checked<_>>()?,
         commits: wire.commits.into_iter().map(words::commit).collect::<Checked<_>>()?,
+        save_trouble: wire.save_trouble.map(save_trouble).transpose()?,
     })
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use common::{ME, NOW, changes, commit, events, introduction, messages, name, records};
 use prost::Message as _;
 use reknit_membership::event::{Event, Message};
-use reknit_membership::reason::{Closure, Drain, Waiting};
+use reknit_membership::reason::{Closure, Drain, SaveTrouble, Waiting};
 use reknit_membership::spec::Spec;
 use reknit_membership::status::{MemberStatus, PhaseName, Status};
 use reknit_membership::{Generation, HistoryId, JobId, MemberId, Rank, Step, Timestamp, WorldSize};
@@ -140,6 +140,7 @@ fn a_status_arrives_as_it_was() {
             step: Step(3),
             members: vec![member.clone(), spare.clone()],
             commits: vec![commit()],
+            save_trouble: Some(SaveTrouble { step: Step(9), member: name("w") }),
         };
         assert_eq!(inspect::status(inspect::from_status(&status, 2)), Ok(status));
     }

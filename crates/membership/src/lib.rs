@@ -35,7 +35,7 @@
 //! | M-7 | A committed step that a member with a lease holds is never lost: the world resumes at the highest one, unless that memory was found wrong. |
 //! | M-8 | A member that lost its lease, or an older incarnation of a name, changes nothing and is told so. |
 //! | M-9 | A late or repeated join of the same member changes nothing. |
-//! | M-10 | A request repeated after a lost reply is answered again, with the same outcome. |
+//! | M-10 | A request repeated after a lost reply changes nothing more, and is answered: done again, or that the member has gone. |
 //! | M-11 | Every wait has a reason that can be shown and an instant at which it is looked at again. |
 //! | M-12 | A joiner beyond what the world can take changes nothing for the members that run. |
 //! | M-13 | Planned changes merge: they cost one generation, taken at a step boundary. |
@@ -63,7 +63,7 @@ pub use ids::{
     WorldSize,
 };
 pub use job::Job;
-pub use reason::{Cause, Closure, Departure, Note, Refusal, Waiting};
+pub use reason::{Cause, Closure, Departure, Note, Refusal, SaveTrouble, Waiting};
 pub use record::{Commit, JobRecord, Stage, WorldChange};
 pub use spec::{Shape, Sharding, Spec, Timing};
 pub use status::{MemberStatus, PhaseName, Status};

@@ -197,6 +197,15 @@ pub enum Refusal {
     Departed(Departure),
 }
 
+/// Why there was no checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct SaveTrouble {
+    /// The step that it would have been of.
+    pub step: Step,
+    /// Who could not write its part. Its own log says why.
+    pub member: MemberName,
+}
+
 /// Something worth a line in the log.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Note {
@@ -265,6 +274,8 @@ pub enum Note {
         /// Digest of its manifest.
         manifest: Digest,
     },
+    /// A member could not write its part of a checkpoint.
+    SaveFailed(SaveTrouble),
     /// A checkpoint was given up.
     SaveDropped {
         /// Its step.

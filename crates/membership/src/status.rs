@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::ids::{Generation, HistoryId, JobId, MemberId, MemberName, Rank, Step, WorldSize};
 use crate::job::{Job, Phase, Stream};
-use crate::reason::{Closure, Drain, Waiting};
+use crate::reason::{Closure, Drain, SaveTrouble, Waiting};
 use crate::record::Commit;
 use crate::spec::Spec;
 
@@ -71,6 +71,8 @@ pub struct Status {
     pub members: Vec<MemberStatus>,
     /// Its committed checkpoints, oldest first.
     pub commits: Vec<Commit>,
+    /// Why there is no newer one, if one could not be made since.
+    pub save_trouble: Option<SaveTrouble>,
 }
 
 impl Job {
@@ -120,6 +122,7 @@ impl Job {
             step: self.top_step,
             members: members.into_iter().take(members_max).map(|(_, status)| status).collect(),
             commits: self.record.commits.clone(),
+            save_trouble: self.savings.trouble.clone(),
         }
     }
 }

@@ -127,6 +127,7 @@ fn a_disk_that_is_full_costs_checkpoints_but_no_step() {
         (&status["generation"], status["checkpoints"].as_array().map(Vec::len)),
         (&generation, Some(0))
     );
+    assert_eq!(status["save_trouble"]["member"], "a", "an operator sees whose disk it is: {status}");
 }
 
 #[test]

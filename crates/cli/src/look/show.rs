@@ -122,7 +122,13 @@ pub(super) fn status(status: &Status, members_total: u32) {
     print::data(format_args!("ranks       {} (may be {} to {}{unit})", status.size, spec.min, spec.max));
     print::data(format_args!("step        {}", status.step));
     let checkpoint = status.commits.last().map_or("none".to_owned(), |c| format!("step {}", c.step));
-    print::data(format_args!("checkpoint  {checkpoint}"));
+    let trouble = status.save_trouble.as_ref().map_or(String::new(), |trouble| {
+        format!(
+            "; NOT of step {}: {} could not write its part, and its log says why",
+            trouble.step, trouble.member
+        )
+    });
+    print::data(format_args!("checkpoint  {checkpoint}{trouble}"));
     if status.members.is_empty() {
         return;
     }
@@ -205,6 +211,9 @@ pub(super) fn status_json(status: &Status, members_total: u32) -> Value {
         "step": status.step.0,
         "members_total": members_total,
         "members": members,
+        "save_trouble": status.save_trouble.as_ref().map(|trouble| {
+            json!({ "step": trouble.step.0, "member": trouble.member.as_str() })
+        }),
         "checkpoints": status.commits.iter().map(commit_json).collect::<Vec<_>>(),
     })
 }

@@ -1,7 +1,7 @@
 //! The core's notes as log events. INFO is a change of world; WARN is worth an operator's morning.
 
 use reknit_membership::JobId;
-use reknit_membership::reason::{Departure, Note};
+use reknit_membership::reason::{Departure, Note, SaveTrouble};
 
 fn list(items: &[impl std::fmt::Display]) -> String {
     items.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
@@ -43,6 +43,9 @@ pub(super) fn note(job: &JobId, note: &Note) {
             tracing::error!(%job, %step, members = list(members), "ranks hold different states");
         }
         Note::Committed { step, manifest } => tracing::info!(%job, %step, %manifest, "checkpoint committed"),
+        Note::SaveFailed(SaveTrouble { step, member }) => {
+            tracing::warn!(%job, %step, %member, "a part of a checkpoint could not be written; the member's log says why");
+        }
         Note::SaveDropped { step } => tracing::warn!(%job, %step, "checkpoint given up"),
         Note::StoreRolledBack { knew, seen } => {
             tracing::error!(%job, %knew, %seen, "the store has forgotten generations: was it put back from a backup?");

@@ -10,7 +10,7 @@ use super::{Job, Out, Phase};
 use crate::event::Message;
 use crate::holding::ShardReport;
 use crate::ids::{Digest, Generation, MemberId, Step};
-use crate::reason::{Cause, Note};
+use crate::reason::{Cause, Note, SaveTrouble};
 use crate::record::Commit;
 
 /// What tells a checkpoint from every other one of the job.
@@ -41,6 +41,8 @@ pub(crate) struct Savings {
     given_up: BTreeSet<SaveKey>,
     /// The last world that ran, once it is over: its ranks may still be writing.
     ran: Option<(Generation, Vec<MemberId>)>,
+    /// What went wrong last, until a checkpoint is committed again.
+    pub(crate) trouble: Option<SaveTrouble>,
 }
 
 impl Savings {
@@ -55,6 +57,7 @@ impl Savings {
     pub(super) fn forget_all_but(&mut self, known: &BTreeSet<SaveKey>) {
         self.given_up.retain(|key| known.contains(key));
         self.ran.take_if(|(ran, _)| !known.iter().any(|(generation, _)| generation == ran));
+        self.trouble = None;
     }
 
     fn remember_given_up(&mut self, key: SaveKey) {
@@ -225,6 +228,7 @@ impl Job {
         self.record.commits.push(Commit { step, generation, shards, manifest, at: self.now });
         let surplus = self.record.commits.len().saturating_sub(self.record.spec.keep as usize);
         self.record.commits.drain(..surplus);
+        self.savings.trouble = None;
         out.save();
         out.note(Note::Committed { step, manifest });
         for member in self.seated().filter(|member| self.members.contains_key(member)) {
@@ -250,10 +254,17 @@ impl Job {
         step: Step,
         out: &mut Out,
     ) {
-        if !self.members.contains_key(&member) {
+        let Some(name) = self.members.get(&member).map(|m| m.name.clone()) else {
             return self.refuse_stranger(member, out);
-        }
+        };
         let key = (generation, step);
+        if self.savings.under_way.contains_key(&key) || self.may_begin(key).is_some() {
+            let trouble = SaveTrouble { step, member: name };
+            if self.savings.trouble.as_ref() != Some(&trouble) {
+                out.note(Note::SaveFailed(trouble.clone()));
+            }
+            self.savings.trouble = Some(trouble);
+        }
         if self.savings.under_way.contains_key(&key) {
             self.give_up(key, out);
         } else if !self.committed(key) && self.may_begin(key).is_some() {

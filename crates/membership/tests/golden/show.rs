@@ -179,6 +179,9 @@ impl Names<'_> {
                 format!("diverged at {step:?}: {}", self.all(members.iter().copied()))
             }
             Note::Committed { step, .. } => format!("{step:?} is committed"),
+            Note::SaveFailed(trouble) => {
+                format!("{} could not write its part of {:?}", trouble.member, trouble.step)
+            }
             Note::SaveDropped { step } => format!("the checkpoint of {step:?} is given up"),
             Note::StoreRolledBack { knew, seen } => format!("the store knew {knew:?}, a member saw {seen:?}"),
             Note::Closed(closure) => closure.to_string(),
