@@ -35,7 +35,8 @@ pub struct Config {
 /// Limits on everything that a peer controls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Open connections. One more is closed at once.
+    /// Open connections. One more is closed at once. By default fewer than `members`, as few processes are given
+    /// descriptors for more: a job of that size needs both.
     pub connections: usize,
     /// How long a connection may take to show that it speaks HTTP/2.
     pub first_bytes: Duration,
@@ -60,7 +61,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
-            connections: 32_768,
+            connections: 16_384,
             first_bytes: Duration::from_secs(5),
             introduction: Duration::from_secs(5),
             message_bytes: 1 << 20,

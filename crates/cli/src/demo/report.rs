@@ -114,6 +114,9 @@ fn chart(content: &str) -> String {
     format!("<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img'>{content}</svg>")
 }
 
+/// From this long between two steps on it is seen that training stood still.
+const STANDSTILL_US: u64 = 250_000;
+
 fn loss_chart(outcome: &Outcome, start_us: u64, seconds_max: f64) -> String {
     // Losses span orders of magnitude: their logarithm is shown.
     let log = |loss: f64| loss.max(1e-6).log10();
@@ -126,8 +129,11 @@ fn loss_chart(outcome: &Outcome, start_us: u64, seconds_max: f64) -> String {
         .collect();
     let mut content = axes.frame("training loss of each committed step", &ticks);
     content.push_str(&axes.marks(outcome, start_us));
-    let points = losses.iter().map(|done| (axes.x(seconds(done.at_us, start_us)), axes.y(log(done.loss))));
-    content.push_str(&polyline("loss", points));
+    // Where nobody trained there is no line.
+    for run in losses.chunk_by(|before, after| after.at_us.saturating_sub(before.at_us) < STANDSTILL_US) {
+        let points = run.iter().map(|done| (axes.x(seconds(done.at_us, start_us)), axes.y(log(done.loss))));
+        content.push_str(&polyline("loss", points));
+    }
     chart(&content)
 }
 
