@@ -406,7 +406,25 @@ fn four_members_die() {
 
 #[test]
 fn four_members_of_which_one_joins_later_or_leaves_as_planned() {
-    walk(&["places=4 started=3 max=4 min=2 starts=1", "places=4 started=4 max=4 drains=1"]);
+    walk(&[
+        "places=4 started=3 max=4 min=2 starts=1",
+        "places=4 started=4 max=4 min=3 starts=1 deaths=1 steps=0",
+        "places=4 started=4 max=4 late=1 steps=0",
+        "places=4 started=4 max=4 drains=1",
+        "places=4 started=4 max=4 notices=1 min=3",
+        "places=4 started=4 max=4 evictions=1 starts=1",
+        "places=4 started=4 max=4 resizes=1",
+    ]);
+}
+
+#[test]
+fn four_members_lose_each_other_or_their_coordinator_and_save() {
+    walk(&[
+        "places=4 started=4 max=4 blips=1",
+        "places=4 started=4 max=4 links=2",
+        "places=4 started=4 max=4 crashes=1",
+        "places=4 started=4 max=4 saves=1",
+    ]);
 }
 
 #[test]
