@@ -42,8 +42,8 @@ fn without(member: &Member) -> String {
     }
     let (job, min) = (&member.job, status.spec.min);
     format!(
-        "{job} then WAITS for others to come: it needs {min} ranks and has {left} without it. Save a checkpoint first \
-         (`reknit save {job}`): until others come, its state is only in the memory of those that are there"
+        "{job} then WAITS for others to come: it needs {min} ranks and has {left} without it; until they come, its newest \
+         state is only in the memory of those that are there"
     )
 }
 

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use reknit_coordinator::store::{Embedded, Memory, OpenError, Revision, Store, StoreError, contract};
 use reknit_membership::JobId;
@@ -124,6 +125,13 @@ async fn fill_and_free(disk: &Path) {
     assert!(matches!(full, Err(StoreError::Unavailable(_))), "{full:?}");
     drop(file);
     std::fs::remove_file(&ballast).unwrap();
+    // It opens again by itself: readers do not depend on somebody writing.
+    let opened = async {
+        while store.load(&job).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), opened).await.expect("it stays closed");
     // What was there is still there, and there is room again.
     revision = store.save(&job, revision, vec![3; 4 << 20]).await.unwrap();
     let saved = store.load(&job).await.unwrap().unwrap();

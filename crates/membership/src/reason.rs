@@ -109,6 +109,28 @@ pub enum Departure {
     StateLost,
 }
 
+impl Departure {
+    /// Whether its process may come back as a new member: it lost its lease, but not what it holds, and nobody wants it
+    /// gone.
+    pub fn may_come_back(self) -> bool {
+        match self {
+            Departure::Died
+            | Departure::Silent
+            | Departure::Gone
+            | Departure::Unready
+            | Departure::Unrestored
+            | Departure::Stuck
+            | Departure::Unreachable
+            | Departure::Diverged => true,
+            Departure::Replaced { .. }
+            | Departure::Left
+            | Departure::Drained
+            | Departure::Evicted
+            | Departure::StateLost => false,
+        }
+    }
+}
+
 /// Why a new world was formed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Cause {

@@ -166,7 +166,10 @@ impl Sim {
             p.group = p.new_group.take_if(|new| *new == generation);
         }
         if p.group.is_none() {
-            self.bring(process, |session| session.broken(generation, Vec::new()));
+            // This mutant's go is there before its ring, which is then waited for.
+            if self.options.mutant != Some(Mutant::StaleGo) {
+                self.bring(process, |session| session.broken(generation, Vec::new()));
+            }
             return false;
         }
         self.is_busy(process);

@@ -50,7 +50,7 @@ pub(super) struct Acts {
     /// When it was killed, and when it listened again.
     pub(super) coordinator_away: Option<(Timestamp, Timestamp)>,
     /// The newest checkpoint that was committed when all workers were killed.
-    pub(super) committed_before_the_end: Option<u64>,
+    pub(super) committed_before_the_end: u64,
     /// What the killed worker was at: a step that it had begun, and that nobody could finish with it.
     pub(super) killed_inside: Option<super::evidence::Attempt>,
 }
@@ -265,8 +265,8 @@ fn all_are_killed_at_once(stage: &mut Stage<'_>) -> Result<()> {
     for worker in &stage.workers {
         worker.kill()?;
     }
-    let newest = stage.status()?.commits.last().map(|commit| commit.step.0);
-    stage.acts.committed_before_the_end = newest;
+    let commits = stage.status()?.commits;
+    stage.acts.committed_before_the_end = commits.last().context("the committed checkpoint is gone")?.step.0;
     let names: Vec<String> = stage.workers.iter().map(|worker| worker.name().to_owned()).collect();
     stage.workers.clear();
     for name in names.iter().take(3) {

@@ -291,7 +291,7 @@ fn complaints_of(acts: &Acts, recoveries: &[Recovery], evidence: &Evidence) -> V
             complaints.push(format!("generation {} lost {} steps", recovery.generation, recovery.steps_lost));
         }
     }
-    let newest = acts.committed_before_the_end.unwrap_or(u64::MAX);
+    let newest = acts.committed_before_the_end;
     match recoveries.iter().rfind(|recovery| recovery.source.starts_with("checkpoint")) {
         None => complaints.push("nothing was restored from a checkpoint".to_owned()),
         Some(recovery) if recovery.resumed_at < newest => complaints.push(format!(
@@ -341,7 +341,7 @@ mod tests {
         let acts = Acts {
             acts: vec![act(KILLED, 1), act(ALL, 2)],
             steps_without_coordinator: 90,
-            committed_before_the_end: Some(400),
+            committed_before_the_end: 400,
             killed_inside: Some(Attempt { step: 7, generation: 1 }),
             ..Acts::default()
         };

@@ -216,7 +216,12 @@ const REOPEN_EVERY: Duration = Duration::from_secs(1);
 /// The writer's life: one commit after another, each with all that has come in.
 fn write_all(open: &Open, queue: &mpsc::Receiver<Write>) {
     loop {
-        let first = match queue.recv_timeout(REOPEN_EVERY) {
+        // Only this thread closes it, so there is nothing to look after while it is open.
+        let next = match open.database() {
+            Ok(_) => queue.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
+            Err(_) => queue.recv_timeout(REOPEN_EVERY),
+        };
+        let first = match next {
             Ok(first) => first,
             Err(mpsc::RecvTimeoutError::Disconnected) => return,
             Err(mpsc::RecvTimeoutError::Timeout) => {

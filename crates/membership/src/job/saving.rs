@@ -258,16 +258,18 @@ impl Job {
             return self.refuse_stranger(member, out);
         };
         let key = (generation, step);
-        if self.savings.under_way.contains_key(&key) || self.may_begin(key).is_some() {
-            let trouble = SaveTrouble { step, member: name };
-            if self.savings.trouble.as_ref() != Some(&trouble) {
-                out.note(Note::SaveFailed(trouble.clone()));
-            }
-            self.savings.trouble = Some(trouble);
+        let is_under_way = self.savings.under_way.contains_key(&key);
+        if !is_under_way && self.may_begin(key).is_none() {
+            return;
         }
-        if self.savings.under_way.contains_key(&key) {
+        let trouble = SaveTrouble { step, member: name };
+        if self.savings.trouble.as_ref() != Some(&trouble) {
+            out.note(Note::SaveFailed(trouble.clone()));
+        }
+        self.savings.trouble = Some(trouble);
+        if is_under_way {
             self.give_up(key, out);
-        } else if !self.committed(key) && self.may_begin(key).is_some() {
+        } else {
             // The others' parts are still to come: they come in vain.
             self.savings.remember_given_up(key);
         }

@@ -47,27 +47,11 @@ impl Session {
 
     pub(super) fn refused(&mut self, refusal: Refusal) -> Vec<Output> {
         match refusal {
-            // It lost its lease, but not its state: it comes back as a new member.
-            Refusal::Departed(
-                Departure::Died
-                | Departure::Silent
-                | Departure::Gone
-                | Departure::Unready
-                | Departure::Unrestored
-                | Departure::Stuck
-                | Departure::Unreachable
-                | Departure::Diverged,
-            ) => self.come_back(),
+            Refusal::Departed(how) if how.may_come_back() => self.come_back(),
             // It was a member to the end; only the last word was lost with the stream it was said on.
             Refusal::JobClosed(closure) if self.placed => self.finish(End::Closed(closure)),
             Refusal::Departed(Departure::Drained) if self.placed => self.finish(End::Released),
-            Refusal::Departed(
-                Departure::Replaced { .. }
-                | Departure::Left
-                | Departure::Drained
-                | Departure::Evicted
-                | Departure::StateLost,
-            )
+            Refusal::Departed(_)
             | Refusal::JobClosed(_)
             | Refusal::BadSpec(_)
             | Refusal::BadSlots { .. }

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use crate::event::{Event, Message};
 use crate::holding::{Holding, Plan, Resume, ShardReport, Shards};
 use crate::ids::{Digest, Generation, HistoryId, MemberId, Rank, Step, Timestamp};
-use crate::reason::{Departure, Refusal};
+use crate::reason::Refusal;
 
 /// Index of a true state in [`super::model::Model::truth`].
 pub(super) type Node = usize;
@@ -195,16 +195,7 @@ impl Process {
     pub(super) fn told(&mut self, message: Message, new_id: MemberId) {
         match message {
             Message::Attached { history, .. } => self.history = Some(history),
-            Message::Refused(Refusal::Departed(
-                Departure::Died
-                | Departure::Silent
-                | Departure::Gone
-                | Departure::Unready
-                | Departure::Unrestored
-                | Departure::Stuck
-                | Departure::Unreachable
-                | Departure::Diverged,
-            )) => self.come_back(new_id),
+            Message::Refused(Refusal::Departed(how)) if how.may_come_back() => self.come_back(new_id),
             Message::Refused(_) | Message::Released | Message::Closed(_) => self.ends(),
             Message::World(place) => {
                 if place.generation < self.generation() {
