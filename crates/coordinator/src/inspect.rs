@@ -29,7 +29,7 @@ impl InspectService {
     }
 
     /// An answer from what is saved, which says where a fresher one is to be had.
-    fn from_records<T>(&self, answer: Result<T, Status>) -> Result<Response<T>, Status> {
+    fn as_saved<T>(&self, answer: Result<T, Status>) -> Result<Response<T>, Status> {
         let mut response = Response::new(answer.map_err(|status| self.office.redirected(status))?);
         self.office.redirect(response.metadata_mut());
         Ok(response)
@@ -139,7 +139,7 @@ impl Inspect for InspectService {
             Ok(jobs) => {
                 Ok(Response::new(v1::JobsReply { jobs: self.summaries(&jobs).await, saved_age_us: None }))
             }
-            Err(_) => self.from_records(self.records.summaries(&self.office.around).await),
+            Err(_) => self.as_saved(self.records.summaries(&self.office.around).await),
         }
     }
 
@@ -148,7 +148,7 @@ impl Inspect for InspectService {
         let Ok(jobs) = self.office.jobs() else {
             let job = id(&request.job)?;
             let status = self.records.status(&self.office.around, &job, request.members_max).await;
-            return self.from_records(status);
+            return self.as_saved(status);
         };
         let handle = find(&jobs, &request.job).await?;
         Ok(Response::new(status(&handle, request.members_max).await.map_err(unanswered)?))
@@ -196,7 +196,7 @@ impl Inspect for InspectService {
         let request = request.into_inner();
         let Ok(jobs) = self.office.jobs() else {
             let job = id(&request.job)?;
-            return self.from_records(self.records.history(&self.office.around, &job).await);
+            return self.as_saved(self.records.history(&self.office.around, &job).await);
         };
         let handle = find(&jobs, &request.job).await?;
         let changes = handle.ask(|answer| Input::History { answer }).await.map_err(unanswered)?;

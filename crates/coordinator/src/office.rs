@@ -25,7 +25,7 @@ use crate::store::{Epoch, Etcd, Store};
 #[derive(Clone)]
 enum Standing {
     /// It leads, and serves these jobs.
-    Leading(Jobs),
+    Leading(Box<Jobs>),
     /// Another one leads, or nobody does.
     Following {
         /// The leader's URL, if there is one.
@@ -47,7 +47,7 @@ impl Office {
     /// A server that has its store for itself.
     pub(crate) fn for_good(jobs: Jobs) -> Office {
         let around = jobs.around.clone();
-        Office { around, standing: watch::channel(Standing::Leading(jobs)).1 }
+        Office { around, standing: watch::channel(Standing::Leading(Box::new(jobs))).1 }
     }
 
     /// The jobs, if this server leads.
@@ -56,7 +56,7 @@ impl Office {
     /// Says who leads: in words, and in the metadata that clients follow.
     pub(crate) fn jobs(&self) -> Result<Jobs, Status> {
         match &*self.standing.borrow() {
-            Standing::Leading(jobs) => Ok(jobs.clone()),
+            Standing::Leading(jobs) => Ok(Jobs::clone(jobs)),
             Standing::Following { leader: Some(leader), .. } => Err(self
                 .redirected(Status::unavailable(format!("this coordinator does not lead; {leader} does")))),
             Standing::Following { leader: None, why } => {
@@ -235,7 +235,7 @@ impl Election {
         };
         let jobs = Jobs::new(Surroundings { store, epoch, deposed: Arc::default(), ..self.around.clone() });
         tracing::info!(epoch = epoch.0, "leading");
-        self.standing.send_replace(Standing::Leading(jobs.clone()));
+        self.standing.send_replace(Standing::Leading(Box::new(jobs.clone())));
         let taking_up = tokio::spawn(take_up(jobs.clone()));
         let lost = tokio::select! {
             biased;

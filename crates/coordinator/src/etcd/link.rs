@@ -43,13 +43,8 @@ pub(crate) async fn follow(endpoint: Endpoint, silence: Duration, heard: &mut In
                 if let Ok(Ok(response)) = tokio::time::timeout(patience, watched).await {
                     *heard = Instant::now();
                     let mut said = response.into_inner();
-                    loop {
-                        // Pings are answered beneath us: as long as the stream is open, somebody is there.
-                        match tokio::time::timeout(ask_every, said.message()).await {
-                            Ok(Ok(Some(_))) | Err(_) => *heard = Instant::now(),
-                            Ok(Ok(None) | Err(_)) => break,
-                        }
-                    }
+                    // Pings are answered beneath us: as long as the stream is open, somebody is there.
+                    while let Ok(Some(_)) = said.message().await {}
                     // A connection that was given up had been silent for a while.
                     *heard = Instant::now().checked_sub(ask_every * 2).unwrap_or(*heard);
                 }
