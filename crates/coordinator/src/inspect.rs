@@ -99,6 +99,7 @@ impl Inspect for InspectService {
             received: around.counters.all_received().into_iter().collect(),
             sent: around.counters.all_sent(),
             saves: around.counters.all_saves(),
+            ..v1::ServerStatus::default()
         }))
     }
 
