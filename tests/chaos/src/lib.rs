@@ -23,3 +23,9 @@ pub mod invariants;
 pub mod linear;
 pub mod told;
 
+pub mod clock;
+pub mod etcd;
+pub mod fleet;
+pub mod net;
+pub mod probe;
+pub mod process;
