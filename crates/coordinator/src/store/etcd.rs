@@ -14,7 +14,7 @@ use etcd_client::{Compare, CompareOp, GetOptions, Txn, TxnOp};
 use reknit_membership::JobId;
 
 use super::{Epoch, Pending, Revision, Saved, Store, StoreError};
-use crate::etcd::cluster::{Cluster, value};
+use crate::etcd::cluster::Cluster;
 use crate::etcd::election::Candidate;
 use crate::etcd::{EtcdAddress, EtcdCredentials, EtcdError};
 
@@ -130,14 +130,15 @@ impl Etcd {
 
     async fn read(&self, job: &JobId) -> Result<Option<Saved>, StoreError> {
         let key = self.key(job);
-        let found = self.cluster.transact(Txn::new().and_then([TxnOp::get(key, None)])).await;
-        match value(&found.map_err(|why| unwritten(why, 0))?) {
-            None => Ok(None),
-            Some((revision, value)) => {
-                let value = unwrap(&value).map_err(|why| StoreError::Corrupt(why.into()))?;
-                Ok(Some(Saved { revision: Revision(revision), value }))
-            }
-        }
+        // Not a transaction: an etcd that is full takes none, not even one that only reads.
+        let found = self.cluster.call(|mut client| {
+            let key = key.clone();
+            async move { client.get(key, None).await }
+        });
+        let found = found.await.map_err(|why| unwritten(why, 0))?;
+        let Some(kv) = found.kvs().first() else { return Ok(None) };
+        let value = unwrap(kv.value()).map_err(|why| StoreError::Corrupt(why.into()))?;
+        Ok(Some(Saved { revision: Revision(kv.mod_revision().unsigned_abs()), value }))
     }
 }
 
