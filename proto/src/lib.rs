@@ -36,6 +36,8 @@ pub const PROTOCOL: u32 = 1;
 pub mod inspect;
 pub mod record;
 pub mod rendezvous;
+pub mod token;
 mod words;
 
+pub use token::Token;
 pub use words::BadMessage;

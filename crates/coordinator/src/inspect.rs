@@ -12,6 +12,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use crate::access::Identity;
 use crate::job::{Input, JobHandle, Unanswered};
 use crate::jobs::{Jobs, OpenJobError};
 use crate::rendezvous::open_status;
@@ -26,9 +27,10 @@ impl InspectService {
     }
 }
 
-/// The job of that name, taken up from its record if it is not served at present.
-pub(crate) async fn find(jobs: &Jobs, job: &str) -> Result<JobHandle, Status> {
+/// The job of that name, if it is theirs who ask; taken up from its record if it is not served at present.
+pub(crate) async fn find(jobs: &Jobs, who: &Identity, job: &str) -> Result<JobHandle, Status> {
     let id = JobId::new(job).map_err(|why| Status::invalid_argument(why.to_string()))?;
+    who.check(&id)?;
     match jobs.open(&id, None).await {
         Ok(handle) => Ok(handle),
         Err(OpenJobError::NoSuchJob) => Err(Status::not_found(format!("no job is called {id}"))),
@@ -50,10 +52,10 @@ async fn status(handle: &JobHandle, members_max: u32) -> Result<v1::JobStatus, U
 }
 
 impl InspectService {
-    /// Every job, in order. All are asked at once: one that has no time holds up nobody, and is listed without a phase.
-    async fn summaries(&self) -> Vec<v1::JobSummary> {
+    /// Every job that is theirs who ask, in order. All are asked at once: one that has no time holds up nobody, and is listed without a phase.
+    async fn summaries(&self, who: &Identity) -> Vec<v1::JobSummary> {
         let mut asking = JoinSet::new();
-        for (job, handle) in self.jobs.all() {
+        for (job, handle) in self.jobs.all().into_iter().filter(|(job, _)| who.covers(job)) {
             asking.spawn(async move {
                 match status(&handle, 1).await {
                     Ok(status) => Some(v1::JobSummary {
@@ -85,30 +87,42 @@ const WATCH_EVERY_MAX: Duration = Duration::from_secs(1);
 
 #[tonic::async_trait]
 impl Inspect for InspectService {
-    async fn server(&self, _: Request<v1::ServerRequest>) -> Result<Response<v1::ServerStatus>, Status> {
+    async fn server(
+        &self,
+        request: Request<v1::ServerRequest>,
+    ) -> Result<Response<v1::ServerStatus>, Status> {
         let around = &self.jobs.around;
-        let all = self.summaries().await;
+        let who = Identity::of(&request);
+        let all = self.summaries(&who).await;
         let (jobs, members) = (all.len() as u32, all.iter().map(|job| job.members).sum());
-        Ok(Response::new(v1::ServerStatus {
+        let visible = v1::ServerStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             protocol: PROTOCOL,
-            store: around.store.describe(),
             uptime_ms: u64::try_from(around.clock.uptime().as_millis()).unwrap_or(u64::MAX),
             jobs,
             members,
+            ..v1::ServerStatus::default()
+        };
+        if !who.operates_server() {
+            return Ok(Response::new(visible));
+        }
+        Ok(Response::new(v1::ServerStatus {
+            store: around.store.describe(),
             received: around.counters.all_received().into_iter().collect(),
             sent: around.counters.all_sent(),
             saves: around.counters.all_saves(),
+            ..visible
         }))
     }
 
-    async fn jobs(&self, _: Request<v1::JobsRequest>) -> Result<Response<v1::JobsReply>, Status> {
-        Ok(Response::new(v1::JobsReply { jobs: self.summaries().await }))
+    async fn jobs(&self, request: Request<v1::JobsRequest>) -> Result<Response<v1::JobsReply>, Status> {
+        Ok(Response::new(v1::JobsReply { jobs: self.summaries(&Identity::of(&request)).await }))
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::JobStatus>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
-        let handle = find(&self.jobs, &request.job).await?;
+        let handle = find(&self.jobs, &who, &request.job).await?;
         Ok(Response::new(status(&handle, request.members_max).await.map_err(unanswered)?))
     }
 
@@ -118,8 +132,9 @@ impl Inspect for InspectService {
         &self,
         request: Request<v1::StatusRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
-        let handle = find(&self.jobs, &request.job).await?;
+        let handle = find(&self.jobs, &who, &request.job).await?;
         // One status waits at the most: a slow reader sees fewer, newer ones.
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
@@ -151,7 +166,8 @@ impl Inspect for InspectService {
         &self,
         request: Request<v1::HistoryRequest>,
     ) -> Result<Response<v1::HistoryReply>, Status> {
-        let handle = find(&self.jobs, &request.into_inner().job).await?;
+        let who = Identity::of(&request);
+        let handle = find(&self.jobs, &who, &request.into_inner().job).await?;
         let changes = handle.ask(|answer| Input::History { answer }).await.map_err(unanswered)?;
         Ok(Response::new(v1::HistoryReply { changes: changes.iter().map(inspect::from_change).collect() }))
     }

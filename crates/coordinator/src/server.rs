@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,18 +13,23 @@ use reknit_proto::v1::rendezvous_server::RendezvousServer;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::server::NamedService;
+use tonic::service::interceptor::InterceptedService;
 use tonic_health::ServingStatus;
 
+use crate::access::Guard;
 use crate::clock::Clock;
 use crate::config::{Config, StoreConfig};
 use crate::counters::Counters;
 use crate::inspect::InspectService;
 use crate::job::{Surroundings, source_text};
 use crate::jobs::Jobs;
-use crate::listen::connections;
+use crate::listen::{Acceptance, connections};
 use crate::operate::OperateService;
+use crate::reload::watched;
 use crate::rendezvous::RendezvousService;
 use crate::store::{Embedded, Memory, OpenError, Store};
+use crate::tls::{self, TlsError};
+use crate::tokens::{Tokens, TokensError};
 
 /// Why a server cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -44,11 +50,19 @@ pub enum ServeError {
         source: std::io::Error,
     },
     /// The address is reachable from other machines, and nothing keeps strangers out.
-    #[error("{listen} is reachable from other machines, and this release has neither TLS nor tokens")]
+    #[error("{listen} is reachable from other machines, and this coordinator has no {missing}")]
     NotLoopback {
         /// Where it was to listen.
         listen: SocketAddr,
+        /// What it would need.
+        missing: &'static str,
     },
+    /// The certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The list of tokens cannot be used.
+    #[error(transparent)]
+    Tokens(#[from] TokensError),
     /// The silence that members are allowed is out of range.
     #[error(transparent)]
     Timing(#[from] BadTiming),
@@ -68,13 +82,14 @@ pub struct Server {
     address: SocketAddr,
     listener: TcpListener,
     jobs: Jobs,
-    silence: Duration,
+    acceptance: Acceptance,
+    guard: Guard,
 }
 
 /// Whether an address that other machines can reach is acceptable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exposure {
-    /// Loopback only.
+    /// Only with both TLS and tokens; without them loopback only.
     Loopback,
     /// Whatever was asked for: the user said so.
     Insecure,
@@ -88,9 +103,8 @@ impl Server {
     pub async fn bind(config: Config, exposure: Exposure) -> Result<Server, ServeError> {
         let timing = config.timing()?;
         let listen = config.listen;
-        if exposure == Exposure::Loopback && !listen.ip().is_loopback() {
-            return Err(ServeError::NotLoopback { listen });
-        }
+        check_exposure(&config, exposure)?;
+        let (acceptance, guard) = protection(&config)?;
         let listener = TcpListener::bind(listen).await.map_err(|source| match source.kind() {
             std::io::ErrorKind::AddrInUse => ServeError::PortInUse { listen },
             _ => ServeError::Listen { listen, source },
@@ -110,7 +124,7 @@ impl Server {
         let jobs = Jobs::new(around);
         let known = jobs.load_all().await.map_err(|why| ServeError::Records(source_text(&why)))?;
         tracing::info!(%address, store = jobs.around.store.describe(), jobs = known, "listening");
-        Ok(Server { address, listener, jobs, silence: config.silence })
+        Ok(Server { address, listener, jobs, acceptance, guard })
     }
 
     /// Where it listens.
@@ -139,10 +153,13 @@ impl Server {
 
         let rendezvous = RendezvousServer::new(RendezvousService::new(self.jobs.clone()))
             .max_decoding_message_size(limits.message_bytes);
+        let rendezvous = InterceptedService::new(rendezvous, self.guard.clone());
         let inspect = InspectServer::new(InspectService::new(self.jobs.clone()))
             .max_decoding_message_size(limits.message_bytes);
+        let inspect = InterceptedService::new(inspect, self.guard.clone());
         let operate = OperateServer::new(OperateService::new(self.jobs.clone()))
             .max_decoding_message_size(limits.message_bytes);
+        let operate = InterceptedService::new(operate, self.guard);
 
         let jobs = self.jobs.clone();
         let unhealthy = health.clone();
@@ -161,6 +178,8 @@ impl Server {
             .timeout(ANSWER_PATIENCE)
             .max_concurrent_streams(limits.streams_per_connection)
             .http2_max_header_list_size(16 * 1024)
+            .http2_max_pending_accept_reset_streams(Some(limits.resets_pending))
+            .http2_max_local_error_reset_streams(Some(limits.resets_local))
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE))
             .add_service(health_service)
@@ -168,7 +187,7 @@ impl Server {
             .add_service(rendezvous)
             .add_service(inspect)
             .add_service(operate)
-            .serve_with_incoming_shutdown(connections(self.listener, limits, self.silence), stopped);
+            .serve_with_incoming_shutdown(connections(self.listener, self.acceptance), stopped);
         let patience_ends = async move {
             match ended.await {
                 Ok(()) => tokio::time::sleep(FAREWELL).await,
@@ -183,6 +202,31 @@ impl Server {
             }
         }
     }
+}
+
+/// Whether a server with these settings may listen where it is to.
+fn check_exposure(config: &Config, exposure: Exposure) -> Result<(), ServeError> {
+    let listen = config.listen;
+    if exposure == Exposure::Insecure || listen.ip().is_loopback() {
+        return Ok(());
+    }
+    let missing = match (&config.tls, &config.tokens) {
+        (Some(_), Some(_)) => return Ok(()),
+        (None, None) => "TLS and no tokens",
+        (None, Some(_)) => "TLS",
+        (Some(_), None) => "tokens",
+    };
+    Err(ServeError::NotLoopback { listen, missing })
+}
+
+/// What keeps strangers out, as the files have it now and whenever they change.
+fn protection(config: &Config) -> Result<(Acceptance, Guard), ServeError> {
+    let tls = config.tls.as_ref().map(tls::serving).transpose()?;
+    let listed = |path: PathBuf| {
+        watched("tokens", vec![path.clone()], move |contents| Tokens::parse(&path, &contents[0]))
+    };
+    let tokens = config.tokens.clone().map(listed).transpose()?;
+    Ok((Acceptance { limits: config.limits, silence: config.silence, tls }, Guard::new(tokens)))
 }
 
 /// How long a call may take to be answered, or a stream to begin.
