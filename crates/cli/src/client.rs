@@ -1,13 +1,20 @@
 //! Talking to a coordinator.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use reknit_proto::v1::inspect_client::InspectClient;
 use reknit_proto::v1::operate_client::OperateClient;
+use reknit_trainer::Credentials;
+use reknit_trainer::credentials::Authorization;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::args::Connection;
-use crate::failure::{self, Failure, Kind};
+use crate::failure::{self, Failure};
+
+/// A connection on which each call shows the token, if there is one.
+pub(crate) type Authorized = InterceptedService<Channel, Authorization>;
 
 /// How long one attempt may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -23,22 +30,32 @@ fn endpoint(endpoint: Endpoint) -> Endpoint {
 
 impl Connection {
     /// Runs `talk` on an event loop of its own, with a connection to the first coordinator that answers.
-    pub(crate) fn run<T>(&self, talk: impl AsyncFnOnce(Channel) -> Result<T, Failure>) -> Result<T, Failure> {
+    pub(crate) fn run<T>(
+        &self,
+        talk: impl AsyncFnOnce(Authorized) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
         tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?
             .block_on(async { talk(self.connect().await?).await })
     }
 
-    async fn connect(&self) -> Result<Channel, Failure> {
+    /// What is shown to the coordinator, and what it is checked by: the flags, and REKNIT_TOKEN.
+    fn credentials(&self) -> Result<Credentials, Failure> {
+        let named = |path: &Option<PathBuf>| path.clone().filter(|path| !path.as_os_str().is_empty());
+        let token = Credentials::from_env().map_err(failure::credentials)?.token;
+        let (ca, cert, key) = (named(&self.ca), named(&self.cert), named(&self.key));
+        Ok(Credentials { ca, cert, key, token, token_file: named(&self.token_file) })
+    }
+
+    async fn connect(&self) -> Result<Authorized, Failure> {
+        let credentials = self.credentials()?;
+        let authorization = credentials.authorization().map_err(failure::credentials)?;
         let mut last = anyhow::anyhow!("no address was given");
         for coordinator in self.coordinator.split(',').map(str::trim) {
-            let address = Endpoint::from_shared(coordinator.to_owned()).map_err(|why| {
-                let error = anyhow::Error::from(why).context(format!("{coordinator:?} is no address"));
-                Failure::new(Kind::Usage, error, "an address looks like http://HOST:PORT")
-            })?;
+            let address = credentials.endpoint(coordinator).map_err(failure::credentials)?;
             match endpoint(address).connect().await {
-                Ok(channel) => return Ok(channel),
+                Ok(channel) => return Ok(InterceptedService::new(channel, authorization)),
                 Err(why) => last = why.into(),
             }
         }
@@ -48,7 +65,7 @@ impl Connection {
     /// Asks the inspect service one question.
     pub(crate) fn inspect<T>(
         &self,
-        ask: impl AsyncFnOnce(&mut InspectClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+        ask: impl AsyncFnOnce(&mut InspectClient<Authorized>) -> Result<tonic::Response<T>, tonic::Status>,
     ) -> Result<T, Failure> {
         self.run(async |channel| {
             let mut client = InspectClient::new(channel);
@@ -59,7 +76,7 @@ impl Connection {
     /// Asks the operate service for one thing.
     pub(crate) fn operate<T>(
         &self,
-        ask: impl AsyncFnOnce(&mut OperateClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+        ask: impl AsyncFnOnce(&mut OperateClient<Authorized>) -> Result<tonic::Response<T>, tonic::Status>,
     ) -> Result<T, Failure> {
         self.run(async |channel| {
             let mut client = OperateClient::new(channel);

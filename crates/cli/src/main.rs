@@ -7,6 +7,7 @@
 mod act;
 mod args;
 mod bench;
+mod certs;
 mod client;
 mod demo;
 mod descriptors;
@@ -15,6 +16,7 @@ mod look;
 mod print;
 mod processes;
 mod serve;
+mod token;
 
 use std::process::ExitCode;
 
@@ -55,6 +57,8 @@ fn run(args: Args) -> Result<(), Failure> {
         Command::Save(job) => act::save(&job),
         Command::Close(job) => act::close(&job),
         Command::Forget(job) => act::forget(&job),
+        Command::Certs(certs) => certs::certs(&certs),
+        Command::Token(token) => token::token(&token),
         Command::Completions(shell) => {
             let mut command = Args::command();
             let mut script = Vec::new();

@@ -5,7 +5,7 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use reknit_coordinator::config::{Config, Limits, StoreConfig};
+use reknit_coordinator::config::{Config, Limits, StoreConfig, TlsFiles};
 use reknit_coordinator::server::{Exposure, Server};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,7 +21,14 @@ pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
         "memory" => StoreConfig::Memory,
         dir => StoreConfig::Embedded { dir: PathBuf::from(dir) },
     };
-    let config = Config { listen: args.listen, store, silence: args.silence, limits: Limits::default() };
+    let tls = args.tls_cert.zip(args.tls_key).map(|(cert, key)| TlsFiles {
+        cert,
+        key,
+        client_ca: args.tls_client_ca,
+        ca: args.tls_ca,
+    });
+    let (listen, silence, tokens) = (args.listen, args.silence, args.tokens);
+    let config = Config { listen, store, silence, limits: Limits::default(), tls, tokens };
     if args.print_config {
         return print_config(&config, &args.log, args.json);
     }
@@ -77,6 +84,7 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
     let timing = config.timing().map_err(|why| failure::serve(why.into()))?;
     let Limits {
         connections,
+        connections_per_peer,
         first_bytes,
         introduction,
         message_bytes,
@@ -86,16 +94,28 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         members,
         listed,
         streams_per_connection,
+        calls_per_second,
+        messages_per_second,
+        messages_burst,
+        resets_pending,
+        resets_local,
     } = config.limits;
     let store = match &config.store {
         StoreConfig::Memory => "memory".to_owned(),
         StoreConfig::Embedded { dir } => dir.display().to_string(),
     };
+    let path = |path: Option<&PathBuf>| json!(path.map(|path| path.display().to_string()));
+    let tls = |file: fn(&TlsFiles) -> Option<&PathBuf>| path(config.tls.as_ref().and_then(file));
     let ms = |duration: Duration| json!(duration.as_millis() as u64);
     let settings = [
         ("listen", json!(config.listen)),
         ("store", json!(store)),
         ("log", json!(log)),
+        ("tls_cert", tls(|files| Some(&files.cert))),
+        ("tls_key", tls(|files| Some(&files.key))),
+        ("tls_client_ca", tls(|files| files.client_ca.as_ref())),
+        ("tls_ca", tls(|files| files.ca.as_ref())),
+        ("tokens", path(config.tokens.as_ref())),
         ("silence_ms", ms(timing.silence)),
         // What follows from it.
         ("settle_ms", ms(timing.settle)),
@@ -109,6 +129,7 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         ("busy_ms", ms(timing.busy)),
         ("retry_ms", ms(timing.retry)),
         ("connections", json!(connections)),
+        ("connections_per_peer", json!(connections_per_peer)),
         ("message_bytes", json!(message_bytes)),
         ("outbound", json!(outbound)),
         ("inbound", json!(inbound)),
@@ -116,6 +137,11 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         ("members", json!(members)),
         ("listed", json!(listed)),
         ("streams_per_connection", json!(streams_per_connection)),
+        ("calls_per_second", json!(calls_per_second)),
+        ("messages_per_second", json!(messages_per_second)),
+        ("messages_burst", json!(messages_burst)),
+        ("resets_pending", json!(resets_pending)),
+        ("resets_local", json!(resets_local)),
         ("first_bytes_ms", ms(first_bytes)),
         ("introduction_ms", ms(introduction)),
     ];
@@ -125,7 +151,11 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     for (name, value) in settings {
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let value = match value {
+            serde_json::Value::String(text) => text,
+            serde_json::Value::Null => "none".to_owned(),
+            value => value.to_string(),
+        };
         print::data(format_args!("{name:<23} {value}"));
     }
     Ok(())

@@ -126,6 +126,20 @@ pub(crate) fn serving(files: &TlsFiles) -> Result<Current<ServerConfig>, TlsErro
     })
 }
 
+/// Whether a server could serve with these contents (a certificate, its key, an authority), and a client that trusts the
+/// authority would find the server to be `localhost`. For whoever makes such files.
+///
+/// # Errors
+/// [`TlsError`] says what is wrong with which of them.
+pub fn check(files: &TlsFiles, contents: &[Vec<u8>; 3]) -> Result<(), TlsError> {
+    let now = UnixTime::now();
+    server_config(files, contents, now)?;
+    let path = files.client_ca.clone().unwrap_or_default();
+    let chain = certificates(&files.cert, &contents[0])?;
+    verify(&chain[0], authority(&path, &contents[2])?, now)
+        .map_err(|why| TlsError::Authority { path, source: Box::new(why) })
+}
+
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
@@ -194,13 +208,8 @@ fn authority(path: &Path, contents: &[u8]) -> Result<RootCertStore, TlsError> {
 fn check_server(leaf: &CertificateDer<'static>, now: UnixTime) -> Result<(), rustls::Error> {
     let mut roots = RootCertStore::empty();
     roots.add(leaf.clone())?;
-    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
-        .build()
-        .map_err(|why| rustls::Error::General(why.to_string()))?;
-    let any_name =
-        ServerName::try_from("localhost").map_err(|why| rustls::Error::General(why.to_string()))?;
-    match verifier.verify_server_cert(leaf, &[], &any_name, &[], now) {
-        Ok(_) => Ok(()),
+    match verify(leaf, roots, now) {
+        Ok(()) => Ok(()),
         // Its own properties are looked at before its issuer and its names are.
         Err(rustls::Error::InvalidCertificate(
             CertificateError::UnknownIssuer
@@ -209,6 +218,16 @@ fn check_server(leaf: &CertificateDer<'static>, now: UnixTime) -> Result<(), rus
         )) => Ok(()),
         Err(why) => Err(why),
     }
+}
+
+/// What a client does that trusts `roots` and has asked for `localhost`.
+fn verify(leaf: &CertificateDer<'static>, roots: RootCertStore, now: UnixTime) -> Result<(), rustls::Error> {
+    let general = |why: &dyn std::error::Error| rustls::Error::General(why.to_string());
+    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
+        .build()
+        .map_err(|why| general(&why))?;
+    let name = ServerName::try_from("localhost").map_err(|why| general(&why))?;
+    verifier.verify_server_cert(leaf, &[], &name, &[], now).map(|_| ())
 }
 
 fn expires_within(cert: &[u8], now: UnixTime, time: Duration) -> bool {
