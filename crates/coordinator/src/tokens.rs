@@ -178,21 +178,22 @@ mod tests {
         let text = [
             "# who may do what\n\n",
             &line("a", "a"),
-            &line("a", "a, too"),
-            &line("vision-*", "vision  # trailing"),
+            &line("a", "a-too"),
+            &line("vision-*", "vision").replace('\n', "  # and a remark\n"),
             &line("@operator", "operator"),
             &line("a", "both"),
             &line("vision", "both"),
-            &line("*", "all jobs"),
+            &line("*", "all"),
         ]
         .concat();
         let tokens = parse(&text).unwrap();
         assert_eq!(reaches(&tokens, "a"), Some(vec!["a"]));
         assert_eq!(reaches(&tokens, "both"), Some(vec!["a", "vision"]));
+        assert_eq!(reaches(&tokens, "vision"), Some(vec!["vision-1"]));
         let all = Some(vec!["a", "ab", "vision-1", "vision"]);
         assert_eq!(reaches(&tokens, "operator"), all);
-        assert_eq!(reaches(&tokens, "all jobs"), all);
-        assert!(matches!(tokens.identity(&token("all jobs")), Some(Identity::Jobs(_))));
+        assert_eq!(reaches(&tokens, "all"), all);
+        assert!(matches!(tokens.identity(&token("all")), Some(Identity::Jobs(_))));
         assert_eq!(reaches(&tokens, "unknown"), None);
     }
 
