@@ -96,7 +96,8 @@ pub(crate) fn unreachable(coordinator: &str, error: anyhow::Error) -> Failure {
         return distrust(trouble, coordinator);
     }
     let hint = "see whether `reknit serve` runs there and is well, or name another coordinator with --coordinator or \
-                REKNIT_COORDINATOR; the address of one that speaks TLS begins with https://";
+                REKNIT_COORDINATOR; the address of one that speaks TLS begins with https://, of one that does not \
+                with http://";
     // What lies between says nothing to whoever reads it.
     let error = anyhow::anyhow!("no coordinator answers at {coordinator}: {}", error.root_cause());
     Failure::new(Kind::Unreachable, error, hint)

@@ -225,9 +225,11 @@ fn root(why: &(dyn std::error::Error + 'static)) -> String {
     std::iter::successors(Some(why), |why| why.source()).last().unwrap_or(why).to_string()
 }
 
-/// What there is between the two that only people can put right, if that is what it is.
+/// What stands between the two that people have to put right, if that is what it is.
 fn distrust(why: &(dyn std::error::Error + 'static)) -> Option<Ended> {
-    TlsTrouble::of(why).map(|trouble| Ended::Distrust(format!("{trouble} ({})", trouble.hint())))
+    let trouble = TlsTrouble::of(why)?;
+    let text = format!("{trouble} ({})", trouble.hint());
+    Some(if trouble.is_certain() { Ended::Distrust(text) } else { Ended::Gone(text) })
 }
 
 fn ended_by(status: &tonic::Status) -> Ended {

@@ -56,10 +56,9 @@ impl TlsTrouble {
         }
         // An IO error has what it was made of inside, and that error's source as its own.
         if let Some(io) = why.downcast_ref::<io::Error>() {
-            return match io.get_ref() {
-                Some(inner) => TlsTrouble::of_one(inner as &(dyn Error + 'static)),
-                None => None,
-            };
+            let inside = TlsTrouble::of_one(io.get_ref()? as &(dyn Error + 'static));
+            let hung_up = io.kind() == io::ErrorKind::UnexpectedEof && io.to_string().contains("handshake");
+            return inside.or(hung_up.then_some(TlsTrouble::NotTls));
         }
         // In TLS 1.3 a server's verdict on a client arrives when the client already speaks HTTP/2; that layer keeps its
         // text alone.
@@ -97,6 +96,12 @@ impl TlsTrouble {
     /// Whether it is this side that is not trusted.
     pub fn is_own(self) -> bool {
         matches!(self, TlsTrouble::CertificateRequired | TlsTrouble::CertificateRefused)
+    }
+
+    /// Whether it stays as it is until somebody puts it right. A coordinator that goes away during a handshake looks like
+    /// one that does not speak TLS.
+    pub fn is_certain(self) -> bool {
+        self != TlsTrouble::NotTls
     }
 
     /// What to do about it.
@@ -180,6 +185,8 @@ mod tests {
             assert_eq!(TlsTrouble::of(&wrapped(whole)), Some(trouble));
             assert_eq!(TlsTrouble::of(&Transport(text)), Some(trouble), "as text alone");
         }
+        let hung_up = io::Error::new(io::ErrorKind::UnexpectedEof, "tls handshake eof");
+        assert_eq!(TlsTrouble::of(&Transport(hung_up)), Some(TlsTrouble::NotTls));
         assert_eq!(TlsTrouble::of(&Transport(io::Error::other("refused"))), None);
         assert_eq!(TlsTrouble::of(&Transport(io::ErrorKind::ConnectionRefused.into())), None);
     }
