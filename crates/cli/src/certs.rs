@@ -2,6 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;
+use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -134,10 +135,11 @@ fn leaf<'n>(
     issuer: &Issuer<'_, KeyPair>,
 ) -> Result<(Certificate, KeyPair), Failure> {
     let hosts: Vec<String> = hosts.map(str::to_owned).collect();
-    let names = CertificateParams::new(hosts.clone()).map_err(|why| {
-        let error = anyhow::Error::from(why).context(format!("{hosts:?} are not all names or IP addresses"));
-        Failure::new(Kind::Usage, error, "--host takes a name or an IP address, without a port")
-    })?;
+    if let Some(host) = hosts.iter().find(|host| !is_host(host)) {
+        let error = anyhow::anyhow!("{host:?} is neither a name nor an IP address");
+        return Err(Failure::new(Kind::Usage, error, "--host takes one of the two, without a port"));
+    }
+    let names = CertificateParams::new(hosts).map_err(anyhow::Error::from)?;
     let mut params = named(name, days)?;
     params.subject_alt_names = names.subject_alt_names;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -146,6 +148,11 @@ fn leaf<'n>(
     let key = KeyPair::generate().map_err(anyhow::Error::from)?;
     let cert = params.signed_by(&key, issuer).map_err(anyhow::Error::from)?;
     Ok((cert, key))
+}
+
+fn is_host(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b'*');
+    text.parse::<IpAddr>().is_ok() || (!text.is_empty() && text.bytes().all(allowed))
 }
 
 /// What every certificate has: a name, and a time.

@@ -1,5 +1,7 @@
 //! Talking to a coordinator.
 
+mod verdict;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -54,9 +56,9 @@ impl Connection {
         let mut last = anyhow::anyhow!("no address was given");
         for coordinator in self.coordinator.split(',').map(str::trim) {
             let address = credentials.endpoint(coordinator).map_err(failure::credentials)?;
-            match endpoint(address).connect().await {
+            match verdict::connect(&endpoint(address)).await {
                 Ok(channel) => return Ok(InterceptedService::new(channel, authorization)),
-                Err(why) => last = why.into(),
+                Err(why) => last = why,
             }
         }
         Err(failure::unreachable(&self.coordinator, last))
