@@ -20,7 +20,8 @@ pub(super) async fn connect(endpoint: &Endpoint) -> Result<Channel, anyhow::Erro
     loop {
         tries += 1;
         let channel = endpoint.connect().await?;
-        let asked = HealthClient::new(channel.clone()).check(HealthCheckRequest::default());
+        let mut health = HealthClient::new(channel.clone());
+        let asked = health.check(HealthCheckRequest::default());
         match tokio::time::timeout(super::PATIENCE, asked).await {
             // What it answers is its own affair; a status that has a source comes from the way to it.
             Ok(Ok(_)) => return Ok(channel),
