@@ -211,7 +211,7 @@ impl Options {
             inbound: if rng.chance(150) { rng.within((1, 4)) as usize } else { 1024 },
             window: if rng.chance(200) { rng.within((1, 6)) as usize } else { 1024 },
             servers: if rng.chance(250) { 2 } else { 1 },
-            fenced: rng.chance(600),
+            fenced: !seed.is_multiple_of(3),
             chaos_ms: rng.within((4_000, 30_000)),
             calm: rng.chance(400),
             faults: Faults::drawn(rng, share_on),
