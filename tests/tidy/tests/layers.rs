@@ -104,8 +104,10 @@ fn d6_the_coordinator_has_nothing_to_dial_with() {
             continue;
         }
         files += 1;
-        if path.ends_with("tls/peers.rs") {
-            // It reaches other coordinators, by addresses that an operator names.
+        // These reach etcd and the other coordinators, by addresses that an operator names; a member's they never see.
+        let reaches_out = ["tls/peers.rs", "store/etcd.rs"].iter().any(|file| path.ends_with(file))
+            || path.parent().is_some_and(|dir| dir.ends_with("src/etcd"));
+        if reaches_out {
             continue;
         }
         let text = std::fs::read_to_string(&path).unwrap();
