@@ -37,6 +37,7 @@ pub fn from_status(status: &Status, members_total: u32) -> v1::JobStatus {
             step: trouble.step.0,
             member: trouble.member.as_str().to_owned(),
         }),
+        saved_age_us: None,
     }
 }
 

@@ -33,6 +33,10 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/reknit.
 /// The version of the protocol between members and coordinators. A join with another one is refused.
 pub const PROTOCOL: u32 = 1;
 
+/// The gRPC metadata in which a coordinator that does not lead names the URL of the one that does: with an error, the call
+/// is to be put there; with an answer, a fresher one is to be had there.
+pub const LEADER_KEY: &str = "reknit-leader";
+
 pub mod inspect;
 pub mod record;
 pub mod rendezvous;

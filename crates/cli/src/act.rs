@@ -31,7 +31,7 @@ fn job_request(job: &Job) -> v1::JobRequest {
 fn without(member: &Member) -> String {
     let go_on = "the others go on without it".to_owned();
     let request = v1::StatusRequest { job: member.job.clone(), members_max: u32::MAX };
-    let asked = member.connection.inspect(async |client| client.status(request).await);
+    let asked = member.connection.inspect(async |mut client| client.status(request.clone()).await);
     let Ok(reply) = asked else { return go_on };
     let listed_all = reply.members_total as usize <= reply.members.len();
     let Ok(status) = inspect::status(reply) else { return go_on };
@@ -49,7 +49,7 @@ fn without(member: &Member) -> String {
 
 pub(crate) fn drain(member: &Member) -> Result<(), Failure> {
     let connection = &member.connection;
-    connection.operate(async |client| client.drain(member_request(member)).await)?;
+    connection.operate(async |mut client| client.drain(member_request(member)).await)?;
     done(
         connection,
         format_args!(
@@ -63,13 +63,13 @@ pub(crate) fn drain(member: &Member) -> Result<(), Failure> {
 
 pub(crate) fn undrain(member: &Member) -> Result<(), Failure> {
     let connection = &member.connection;
-    connection.operate(async |client| client.undrain(member_request(member)).await)?;
+    connection.operate(async |mut client| client.undrain(member_request(member)).await)?;
     done(connection, format_args!("{} stays in {}", member.member, member.job))
 }
 
 pub(crate) fn evict(member: &Member) -> Result<(), Failure> {
     let connection = &member.connection;
-    connection.operate(async |client| client.evict(member_request(member)).await)?;
+    connection.operate(async |mut client| client.evict(member_request(member)).await)?;
     done(
         connection,
         format_args!("{} is taken out of {} now; {}", member.member, member.job, without(member)),
@@ -81,7 +81,7 @@ pub(crate) fn notice(notice: &Notice) -> Result<(), Failure> {
     let left_ms = u64::try_from(notice.left.as_millis()).unwrap_or(u64::MAX);
     let (job, member) = (notice.member.job.clone(), notice.member.member.clone());
     let request = v1::NoticeRequest { job, member, left_ms };
-    connection.operate(async |client| client.notice(request).await)?;
+    connection.operate(async |mut client| client.notice(request.clone()).await)?;
     done(
         connection,
         format_args!(
@@ -97,10 +97,10 @@ pub(crate) fn notice(notice: &Notice) -> Result<(), Failure> {
 pub(crate) fn resize(resize: &Resize) -> Result<(), Failure> {
     let connection = &resize.connection;
     let request = v1::ResizeRequest { job: resize.job.clone(), min: resize.min, max: resize.max };
-    connection.operate(async |client| client.resize(request).await)?;
+    connection.operate(async |mut client| client.resize(request.clone()).await)?;
     let (job, min, max) = (&resize.job, resize.min, resize.max);
     let request = v1::StatusRequest { job: job.clone(), members_max: 1 };
-    let now = connection.inspect(async |client| client.status(request).await);
+    let now = connection.inspect(async |mut client| client.status(request.clone()).await);
     let has_fewer = now.is_ok_and(|now| now.phase() == v1::Phase::Running && now.size < min);
     let but = if has_fewer { "; the world that runs has fewer, and goes on until it changes" } else { "" };
     done(connection, format_args!("{job} has {min} to {max} ranks from now on{but}"))
@@ -108,18 +108,18 @@ pub(crate) fn resize(resize: &Resize) -> Result<(), Failure> {
 
 pub(crate) fn save(job: &Job) -> Result<(), Failure> {
     let connection = &job.connection;
-    connection.operate(async |client| client.save_now(job_request(job)).await)?;
+    connection.operate(async |mut client| client.save_now(job_request(job)).await)?;
     done(connection, format_args!("{} makes a checkpoint at the next step boundary", job.job))
 }
 
 pub(crate) fn close(job: &Job) -> Result<(), Failure> {
     let connection = &job.connection;
-    connection.operate(async |client| client.close(job_request(job)).await)?;
+    connection.operate(async |mut client| client.close(job_request(job)).await)?;
     done(connection, format_args!("{} ends at the next step boundary, for all its members", job.job))
 }
 
 pub(crate) fn forget(job: &Job) -> Result<(), Failure> {
     let connection = &job.connection;
-    connection.operate(async |client| client.forget(job_request(job)).await)?;
+    connection.operate(async |mut client| client.forget(job_request(job)).await)?;
     done(connection, format_args!("the record of {} is deleted; its checkpoints' files stay", job.job))
 }

@@ -39,6 +39,8 @@ pub(crate) enum Command {
     Bench(crate::bench::args::Bench),
     /// Show all jobs, or one: who is in, in which order, at which step, and what it waits for
     Status(Status),
+    /// Show the coordinators that were named: which one leads, since how long, and over which store
+    Coordinators(Coordinators),
     /// Show a job's status again and again, whenever it changes
     Watch(Watch),
     /// Show each generation of a job's world: its cause and its times
@@ -73,9 +75,18 @@ pub(crate) struct Serve {
     /// Where to listen
     #[arg(long, env = "REKNIT_LISTEN", default_value = "127.0.0.1:7070")]
     pub(crate) listen: SocketAddr,
-    /// Where to keep the jobs' records: a directory, or `memory`
+    /// Where to keep the jobs' records: a directory, `memory`, or an etcd that several coordinators share,
+    /// etcd://HOST:PORT[,HOST:PORT…][/PREFIX] (etcds:// with TLS)
     #[arg(long, env = "REKNIT_STORE", default_value = "reknit-data")]
     pub(crate) store: String,
+    /// With etcd: the URL under which members and the other coordinators reach this one [default: where it listens]
+    #[arg(long, env = "REKNIT_ADVERTISE", value_name = "URL")]
+    pub(crate) advertise: Option<String>,
+    /// With etcd: how long a leader that is silent leads on, in whole seconds
+    #[arg(long, env = "REKNIT_LEASE", default_value = "2s", value_parser = duration)]
+    pub(crate) lease: Duration,
+    #[command(flatten)]
+    pub(crate) etcd: EtcdAccess,
     /// How long a silent member may live; every other wait follows from it
     #[arg(long, env = "REKNIT_SILENCE", default_value = "3s", value_parser = duration)]
     pub(crate) silence: Duration,
@@ -94,6 +105,29 @@ pub(crate) struct Serve {
     /// Print the address it listens on to standard output once it does
     #[arg(long)]
     pub(crate) announce: bool,
+    /// Append what is saved and told to this file, for a check afterwards
+    #[arg(long, hide = true)]
+    pub(crate) record: Option<PathBuf>,
+}
+
+/// How a coordinator shows an etcd who it is.
+#[derive(Debug, clap::Args)]
+pub(crate) struct EtcdAccess {
+    /// The authority that etcd's certificates must come from (PEM)
+    #[arg(long, env = "REKNIT_ETCD_CA", value_name = "FILE")]
+    pub(crate) etcd_ca: Option<PathBuf>,
+    /// The certificate shown to etcd (PEM)
+    #[arg(long, env = "REKNIT_ETCD_CERT", value_name = "FILE", requires = "etcd_key")]
+    pub(crate) etcd_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, env = "REKNIT_ETCD_KEY", value_name = "FILE", requires = "etcd_cert")]
+    pub(crate) etcd_key: Option<PathBuf>,
+    /// The user to be towards etcd
+    #[arg(long, env = "REKNIT_ETCD_USER", value_name = "NAME", requires = "etcd_password_file")]
+    pub(crate) etcd_user: Option<String>,
+    /// The file that holds the user's password
+    #[arg(long, env = "REKNIT_ETCD_PASSWORD_FILE", value_name = "FILE", requires = "etcd_user")]
+    pub(crate) etcd_password_file: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -127,6 +161,12 @@ pub(crate) struct Status {
     /// How many members to list at most
     #[arg(long, default_value_t = 100)]
     pub(crate) members: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Coordinators {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
 }
 
 #[derive(Debug, clap::Args)]

@@ -1,82 +1,189 @@
-//! Talking to a coordinator.
+//! Talking to a coordinator: to the one that leads, if there are several.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use reknit_proto::v1::inspect_client::InspectClient;
 use reknit_proto::v1::operate_client::OperateClient;
+use reknit_proto::{LEADER_KEY, v1};
+use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Response, Status};
 
 use crate::args::Connection;
 use crate::failure::{self, Failure, Kind};
 
-/// How long one attempt may take.
+/// How long one attempt may take, and how long a change of leader is waited for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A coordinator that has vanished shows soon, also to who only listens.
-fn endpoint(endpoint: Endpoint) -> Endpoint {
-    endpoint
-        .connect_timeout(PATIENCE)
-        .http2_keep_alive_interval(PATIENCE)
-        .keep_alive_timeout(PATIENCE)
-        .keep_alive_while_idle(true)
-}
+/// The pause before coordinators of which none leads are asked again.
+const RETRY: Duration = Duration::from_millis(100);
 
 impl Connection {
-    /// Runs `talk` on an event loop of its own, with a connection to the first coordinator that answers.
-    pub(crate) fn run<T>(&self, talk: impl AsyncFnOnce(Channel) -> Result<T, Failure>) -> Result<T, Failure> {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?
-            .block_on(async { talk(self.connect().await?).await })
-    }
-
-    async fn connect(&self) -> Result<Channel, Failure> {
-        let mut last = anyhow::anyhow!("no address was given");
-        for coordinator in self.coordinator.split(',').map(str::trim) {
-            let address = Endpoint::from_shared(coordinator.to_owned()).map_err(|why| {
-                let error = anyhow::Error::from(why).context(format!("{coordinator:?} is no address"));
-                Failure::new(Kind::Usage, error, "an address looks like http://HOST:PORT")
-            })?;
-            match endpoint(address).connect().await {
-                Ok(channel) => return Ok(channel),
-                Err(why) => last = why.into(),
-            }
-        }
-        Err(failure::unreachable(&self.coordinator, last))
+    /// Runs `talk` on an event loop of its own.
+    pub(crate) fn run<T>(&self, talk: impl AsyncFnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(talk())
     }
 
     /// Asks the inspect service one question.
     pub(crate) fn inspect<T>(
         &self,
-        ask: impl AsyncFnOnce(&mut InspectClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+        ask: impl AsyncFn(InspectClient<Channel>) -> Result<Response<T>, Status>,
     ) -> Result<T, Failure> {
-        self.run(async |channel| {
-            let mut client = InspectClient::new(channel);
-            self.answer(tokio::time::timeout(PATIENCE, ask(&mut client)).await)
-        })
+        self.run(async || self.call(async |channel| ask(InspectClient::new(channel)).await).await)
     }
 
     /// Asks the operate service for one thing.
     pub(crate) fn operate<T>(
         &self,
-        ask: impl AsyncFnOnce(&mut OperateClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+        ask: impl AsyncFn(OperateClient<Channel>) -> Result<Response<T>, Status>,
     ) -> Result<T, Failure> {
-        self.run(async |channel| {
-            let mut client = OperateClient::new(channel);
-            self.answer(tokio::time::timeout(PATIENCE, ask(&mut client)).await)
-        })
+        self.run(async || self.call(async |channel| ask(OperateClient::new(channel)).await).await)
     }
 
-    fn answer<T>(
+    /// The coordinators that were named.
+    fn coordinators(&self) -> impl Iterator<Item = String> {
+        self.coordinator.split(',').map(|coordinator| coordinator.trim().to_owned())
+    }
+
+    /// Whether more than one was named.
+    pub(crate) fn is_several(&self) -> bool {
+        self.coordinators().count() > 1
+    }
+
+    /// Puts a call to the coordinators until the one that leads answers. What another one knows is taken if that one
+    /// cannot be reached.
+    pub(crate) async fn call<T>(
         &self,
-        answer: Result<Result<tonic::Response<T>, tonic::Status>, tokio::time::error::Elapsed>,
+        ask: impl AsyncFn(Channel) -> Result<Response<T>, Status>,
     ) -> Result<T, Failure> {
-        match answer {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(failure::call(&status, &self.coordinator)),
-            Err(_) => {
-                Err(failure::unreachable(&self.coordinator, anyhow::anyhow!("no answer within {PATIENCE:?}")))
+        let began = Instant::now();
+        loop {
+            match self.round(&ask).await {
+                Round::Answered(answer) => return Ok(answer),
+                Round::Failed(failure) => return Err(failure),
+                // Somebody will lead in a moment, or else something is wrong that the coordinators know best.
+                Round::Leaderless(status) if began.elapsed() >= PATIENCE => {
+                    return Err(failure::call(&status, &self.coordinator));
+                }
+                Round::Leaderless(_) => tokio::time::sleep(RETRY).await,
             }
         }
     }
+
+    /// What each of the coordinators says of itself.
+    pub(crate) async fn each(&self) -> Vec<(String, Result<v1::ServerStatus, Failure>)> {
+        let mut answers = Vec::new();
+        for coordinator in self.coordinators() {
+            let asking = async {
+                let channel = match self.channel(&coordinator).await {
+                    Ok(channel) => channel,
+                    Err(Unreached::Address(failure)) => return Err(failure),
+                    Err(Unreached::Connection(why)) => return Err(failure::unreachable(&coordinator, why)),
+                };
+                let answer = InspectClient::new(channel).server(v1::ServerRequest {}).await;
+                answer.map(Response::into_inner).map_err(|status| failure::call(&status, &coordinator))
+            };
+            let answer = tokio::time::timeout(PATIENCE, asking).await.unwrap_or_else(|_| {
+                let why = anyhow::anyhow!("no answer within {PATIENCE:?}");
+                Err(failure::unreachable(&coordinator, why))
+            });
+            answers.push((coordinator, answer));
+        }
+        answers
+    }
+
+    /// Asks each coordinator once, and whoever they say leads.
+    async fn round<T>(&self, ask: &impl AsyncFn(Channel) -> Result<Response<T>, Status>) -> Round<T> {
+        let mut left: VecDeque<String> = self.coordinators().collect();
+        let mut asked = Vec::new();
+        let mut last =
+            Round::Failed(failure::unreachable(&self.coordinator, anyhow::anyhow!("no address was given")));
+        while let Some(coordinator) = left.pop_front() {
+            if asked.contains(&coordinator) {
+                continue;
+            }
+            asked.push(coordinator.clone());
+            let channel = match self.channel(&coordinator).await {
+                Ok(channel) => channel,
+                Err(Unreached::Address(failure)) => return Round::Failed(failure),
+                Err(Unreached::Connection(why)) => {
+                    last.or(Round::Failed(failure::unreachable(&self.coordinator, why)));
+                    continue;
+                }
+            };
+            match tokio::time::timeout(PATIENCE, ask(channel)).await {
+                Ok(Ok(response)) => match leader(response.metadata()) {
+                    None => return Round::Answered(response.into_inner()),
+                    Some(leader) => {
+                        left.push_front(leader);
+                        last = Round::Answered(response.into_inner());
+                    }
+                },
+                Ok(Err(status)) => match leader(status.metadata()) {
+                    Some(leader) => {
+                        left.push_front(leader);
+                        last.or(Round::Leaderless(status));
+                    }
+                    None if status.code() == Code::Unavailable => last.or(Round::Leaderless(status)),
+                    None => return Round::Failed(failure::call(&status, &coordinator)),
+                },
+                Err(_) => {
+                    let why = anyhow::anyhow!("no answer within {PATIENCE:?}");
+                    last.or(Round::Failed(failure::unreachable(&self.coordinator, why)));
+                }
+            }
+        }
+        last
+    }
+
+    async fn channel(&self, coordinator: &str) -> Result<Channel, Unreached> {
+        let endpoint = Endpoint::from_shared(coordinator.to_owned()).map_err(|why| {
+            let error = anyhow::Error::from(why).context(format!("{coordinator:?} is no address"));
+            Unreached::Address(Failure::new(Kind::Usage, error, "an address looks like http://HOST:PORT"))
+        })?;
+        // A coordinator that has vanished shows soon, also to who only listens.
+        let endpoint = endpoint
+            .connect_timeout(PATIENCE)
+            .http2_keep_alive_interval(PATIENCE)
+            .keep_alive_timeout(PATIENCE)
+            .keep_alive_while_idle(true);
+        endpoint.connect().await.map_err(|why| Unreached::Connection(why.into()))
+    }
+}
+
+/// What came of asking all coordinators.
+enum Round<T> {
+    Answered(T),
+    /// None of them leads at present.
+    Leaderless(Status),
+    Failed(Failure),
+}
+
+impl<T> Round<T> {
+    /// Takes `other` for the outcome unless what is known already says more.
+    fn or(&mut self, other: Round<T>) {
+        let says_more = match self {
+            Round::Answered(_) => true,
+            Round::Leaderless(_) => matches!(other, Round::Failed(_)),
+            Round::Failed(_) => false,
+        };
+        if !says_more {
+            *self = other;
+        }
+    }
+}
+
+/// Why there is no connection.
+enum Unreached {
+    /// The address is none.
+    Address(Failure),
+    /// Nobody answers there.
+    Connection(anyhow::Error),
+}
+
+/// The coordinator that leads, if an answer says that it is another one.
+fn leader(metadata: &MetadataMap) -> Option<String> {
+    metadata.get(LEADER_KEY).and_then(|leader| leader.to_str().ok()).map(str::to_owned)
 }

@@ -3,14 +3,14 @@
 pub(crate) mod show;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use reknit_checkpoint::{Condition, Listed};
 use reknit_membership::record::Commit;
 use reknit_proto::v1::inspect_client::InspectClient;
 use reknit_proto::{inspect, v1};
 
-use crate::args::{Checkpoints, Connection, Job, Status, Watch};
-use crate::client::PATIENCE;
+use crate::args::{Checkpoints, Connection, Coordinators, Job, Status, Watch};
 use crate::failure::{self, Failure, Kind};
 use crate::print;
 
@@ -18,19 +18,31 @@ pub(crate) fn status(args: &Status) -> Result<(), Failure> {
     let connection = &args.connection;
     let Some(job) = &args.job else { return jobs(connection) };
     let request = v1::StatusRequest { job: job.clone(), members_max: args.members };
-    let reply = connection.inspect(async |client| client.status(request).await)?;
+    let reply = connection.inspect(async |mut client| client.status(request.clone()).await)?;
     show_status(connection, reply)
 }
 
 fn show_status(connection: &Connection, reply: v1::JobStatus) -> Result<(), Failure> {
     let total = reply.members_total;
+    let age = reply.saved_age_us.map(Duration::from_micros);
     let status = inspect::status(reply).map_err(garbled)?;
     if connection.json {
-        print::json(&show::status_json(&status, total))?;
+        print::json(&show::status_json(&status, total, age))?;
     } else {
         show::status(&status, total);
+        say_age(age);
     }
     Ok(())
+}
+
+/// Says that an answer comes from a coordinator that does not lead, which knows only what is saved.
+fn say_age(age: Option<Duration>) {
+    if let Some(age) = age {
+        print::talk(format_args!(
+            "no coordinator that leads answers: this was saved, as of {:.1} s ago; leases and steps are not known",
+            age.as_secs_f64()
+        ));
+    }
 }
 
 fn garbled(why: reknit_proto::BadMessage) -> Failure {
@@ -39,7 +51,10 @@ fn garbled(why: reknit_proto::BadMessage) -> Failure {
 }
 
 fn jobs(connection: &Connection) -> Result<(), Failure> {
-    let reply = connection.inspect(async |client| client.jobs(v1::JobsRequest {}).await)?;
+    let reply = connection.inspect(async |mut client| client.jobs(v1::JobsRequest {}).await)?;
+    if !connection.json {
+        say_age(reply.saved_age_us.map(Duration::from_micros));
+    }
     if connection.json {
         let jobs: Vec<_> = reply.jobs.iter().map(show::job_json).collect();
         print::json(&jobs)?;
@@ -54,40 +69,70 @@ fn jobs(connection: &Connection) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Shows each, and fails if one does not answer.
+pub(crate) fn coordinators(args: &Coordinators) -> Result<(), Failure> {
+    let connection = &args.connection;
+    let answers = connection.run(async || Ok(connection.each().await))?;
+    if connection.json {
+        let all: Vec<_> =
+            answers.iter().map(|(url, answer)| show::server_json(url, answer.as_ref())).collect();
+        print::json(&all)?;
+    } else {
+        let rows: Vec<Vec<String>> =
+            answers.iter().map(|(url, answer)| show::server_row(url, answer.as_ref())).collect();
+        print::table(&["COORDINATOR", "ROLE", "EPOCH", "JOBS", "MEMBERS", "UP", "VERSION", "STORE"], &rows);
+    }
+    answers.into_iter().try_for_each(|(_, answer)| answer.map(|_| ()))
+}
+
 pub(crate) fn watch(args: &Watch) -> Result<(), Failure> {
     let connection = &args.connection;
     let request = v1::StatusRequest { job: args.job.clone(), members_max: args.members };
     // What was shown last, without what changes by the clock alone.
     let mut shown = None;
-    connection.run(async |channel| {
-        let failed = |status: &tonic::Status| failure::call(status, &connection.coordinator);
-        let mut client = InspectClient::new(channel);
-        let begun = tokio::time::timeout(PATIENCE, client.watch(request)).await.map_err(|_| {
-            failure::unreachable(&connection.coordinator, anyhow::anyhow!("no answer within {PATIENCE:?}"))
-        })?;
-        let mut stream = begun.map_err(|status| failed(&status))?.into_inner();
-        while let Some(reply) = stream.message().await.map_err(|status| failed(&status))? {
-            let is_over = reply.phase() == v1::Phase::Closed;
-            let timeless = Some(without_times(reply.clone()));
-            if shown == timeless {
+    connection.run(async || {
+        loop {
+            let mut stream = connection
+                .call(async |channel| InspectClient::new(channel).watch(request.clone()).await)
+                .await?;
+            let why = loop {
+                let reply = match stream.message().await {
+                    Ok(Some(reply)) => reply,
+                    Ok(None) => break None,
+                    Err(why) => break Some(why),
+                };
+                let is_over = reply.phase() == v1::Phase::Closed;
+                let timeless = Some(without_times(reply.clone()));
+                if shown == timeless {
+                    continue;
+                }
+                shown = timeless;
+                if connection.json {
+                    let total = reply.members_total;
+                    let status = inspect::status(reply).map_err(garbled)?;
+                    // One line each: a reader takes them apart by line.
+                    print::data(format_args!("{}", show::status_json(&status, total, None)));
+                } else {
+                    show::clear_screen();
+                    show_status(connection, reply)?;
+                }
+                if is_over || print::is_over() {
+                    return Ok(());
+                }
+            };
+            if connection.is_several() {
+                // Another one leads, or will in a moment.
+                print::talk(format_args!("the coordinator has stopped; looking for the one that leads"));
                 continue;
             }
-            shown = timeless;
-            if connection.json {
-                let total = reply.members_total;
-                let status = inspect::status(reply).map_err(garbled)?;
-                // One line each: a reader takes them apart by line.
-                print::data(format_args!("{}", show::status_json(&status, total)));
-            } else {
-                show::clear_screen();
-                show_status(connection, reply)?;
-            }
-            if is_over || print::is_over() {
-                return Ok(());
-            }
+            return Err(match why {
+                Some(status) => failure::call(&status, &connection.coordinator),
+                None => {
+                    let error = anyhow::anyhow!("it has stopped, or does not serve {} any more", args.job);
+                    failure::unreachable(&connection.coordinator, error)
+                }
+            });
         }
-        let error = anyhow::anyhow!("it has stopped, or does not serve {} any more", args.job);
-        Err(failure::unreachable(&connection.coordinator, error))
     })
 }
 
@@ -100,7 +145,8 @@ fn without_times(mut status: v1::JobStatus) -> v1::JobStatus {
 pub(crate) fn history(args: &Job) -> Result<(), Failure> {
     let connection = &args.connection;
     let request = v1::HistoryRequest { job: args.job.clone() };
-    let reply = connection.inspect(async |client| client.history(request).await)?;
+    let reply = connection.inspect(async |mut client| client.history(request.clone()).await)?;
+    say_age(reply.saved_age_us.map(Duration::from_micros));
     let changes =
         reply.changes.into_iter().map(inspect::change).collect::<Result<Vec<_>, _>>().map_err(garbled)?;
     if connection.json {
@@ -133,7 +179,7 @@ pub(crate) fn checkpoints(args: &Checkpoints) -> Result<(), Failure> {
     }
     let job = args.job.clone().unwrap_or_default();
     let request = v1::StatusRequest { job, members_max: 1 };
-    let reply = connection.inspect(async |client| client.status(request).await)?;
+    let reply = connection.inspect(async |mut client| client.status(request.clone()).await)?;
     let commits: Vec<Commit> = inspect::status(reply).map_err(garbled)?.commits;
     if connection.json {
         let commits: Vec<_> = commits.iter().map(show::commit_json).collect();

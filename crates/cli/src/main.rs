@@ -8,6 +8,7 @@ mod act;
 mod args;
 mod bench;
 mod client;
+mod clock;
 mod demo;
 mod descriptors;
 mod failure;
@@ -44,6 +45,7 @@ fn run(args: Args) -> Result<(), Failure> {
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(bench) => bench::bench(bench),
         Command::Status(status) => look::status(&status),
+        Command::Coordinators(args) => look::coordinators(&args),
         Command::Watch(watch) => look::watch(&watch),
         Command::History(history) => look::history(&history),
         Command::Checkpoints(checkpoints) => look::checkpoints(&checkpoints),

@@ -6,22 +6,28 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use reknit_coordinator::config::{Config, Limits, StoreConfig};
+use reknit_coordinator::etcd::{EtcdAddress, EtcdCredentials};
 use reknit_coordinator::server::{Exposure, Server};
+use reknit_coordinator::store::recorded::MonotonicUs;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use crate::args::Serve;
+use crate::args::{EtcdAccess, Serve};
+use crate::clock;
 use crate::descriptors;
 use crate::failure::{self, Failure, Kind};
 use crate::print;
 
 pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
-    let store = match args.store.as_str() {
-        "memory" => StoreConfig::Memory,
-        dir => StoreConfig::Embedded { dir: PathBuf::from(dir) },
+    let record = args.record.clone().map(|file| (file, clock::monotonic_us as MonotonicUs));
+    let config = Config {
+        listen: args.listen,
+        store: store(&args)?,
+        silence: args.silence,
+        limits: Limits::default(),
+        record,
     };
-    let config = Config { listen: args.listen, store, silence: args.silence, limits: Limits::default() };
     if args.print_config {
         return print_config(&config, &args.log, args.json);
     }
@@ -58,6 +64,61 @@ pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
     })
 }
 
+fn store(args: &Serve) -> Result<StoreConfig, Failure> {
+    let address = match EtcdAddress::parse(&args.store) {
+        None if args.store == "memory" => return Ok(StoreConfig::Memory),
+        None if args.store.contains("://") => {
+            let error = anyhow::anyhow!("{:?} is no store", args.store);
+            return Err(Failure::new(
+                Kind::Usage,
+                error,
+                "a directory, `memory`, or etcd://HOST:2379/PREFIX",
+            ));
+        }
+        None => return Ok(StoreConfig::Embedded { dir: PathBuf::from(&args.store) }),
+        Some(address) => address.map_err(|why| {
+            Failure::new(Kind::Usage, why, "name every node with its port, separated by commas")
+        })?,
+    };
+    let advertise = match &args.advertise {
+        Some(url) => url.trim_end_matches('/').to_owned(),
+        None if args.listen.ip().is_unspecified() || args.listen.port() == 0 => {
+            let error =
+                anyhow::anyhow!("{} is no address under which others reach this coordinator", args.listen);
+            return Err(Failure::new(Kind::Usage, error, "name one with --advertise http://HOST:PORT"));
+        }
+        None => format!("http://{}", args.listen),
+    };
+    let is_url = advertise.parse::<tonic::codegen::http::Uri>().is_ok_and(|uri| {
+        matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some() && uri.port().is_some()
+    });
+    if !is_url {
+        let error = anyhow::anyhow!("{advertise:?} is no URL of a coordinator");
+        return Err(Failure::new(
+            Kind::Usage,
+            error,
+            "write --advertise http://HOST:PORT, or https:// with TLS",
+        ));
+    }
+    if args.lease < Duration::from_secs(1) || args.lease > Duration::from_secs(60) {
+        let error = anyhow::anyhow!("a leader's lease of {:?} is out of range", args.lease);
+        return Err(Failure::new(
+            Kind::Usage,
+            error,
+            "choose --lease from 1s to 60s; etcd's own minimum is 2s by default",
+        ));
+    }
+    let EtcdAccess { etcd_ca, etcd_cert, etcd_key, etcd_user, etcd_password_file } = &args.etcd;
+    let credentials = EtcdCredentials {
+        ca: etcd_ca.clone(),
+        cert: etcd_cert.clone(),
+        key: etcd_key.clone(),
+        user: etcd_user.clone(),
+        password_file: etcd_password_file.clone(),
+    };
+    Ok(StoreConfig::Etcd { address, credentials, advertise, lease: args.lease })
+}
+
 /// Every connection is a descriptor; what a process starts with is often far less than it may have.
 fn raise_limit(connections: usize) {
     match descriptors::raise_limit() {
@@ -90,11 +151,18 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
     let store = match &config.store {
         StoreConfig::Memory => "memory".to_owned(),
         StoreConfig::Embedded { dir } => dir.display().to_string(),
+        StoreConfig::Etcd { address, .. } => address.to_string(),
+    };
+    let (advertise, lease) = match &config.store {
+        StoreConfig::Etcd { advertise, lease, .. } => (Some(advertise), Some(*lease)),
+        StoreConfig::Memory | StoreConfig::Embedded { .. } => (None, None),
     };
     let ms = |duration: Duration| json!(duration.as_millis() as u64);
     let settings = [
         ("listen", json!(config.listen)),
         ("store", json!(store)),
+        ("advertise", json!(advertise)),
+        ("lease_ms", lease.map_or(json!(null), ms)),
         ("log", json!(log)),
         ("silence_ms", ms(timing.silence)),
         // What follows from it.

@@ -7,6 +7,9 @@ use std::time::Duration;
 use reknit_membership::Timing;
 use reknit_membership::spec::BadTiming;
 
+use crate::etcd::{EtcdAddress, EtcdCredentials};
+use crate::store::recorded::MonotonicUs;
+
 /// Where records live.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreConfig {
@@ -17,10 +20,21 @@ pub enum StoreConfig {
         /// The directory.
         dir: PathBuf,
     },
+    /// In an etcd that several coordinators share: one of them leads.
+    Etcd {
+        /// Where it is.
+        address: EtcdAddress,
+        /// How it is shown who we are.
+        credentials: EtcdCredentials,
+        /// Under which URL the other coordinators and the members reach this one.
+        advertise: String,
+        /// How long a leader that is silent leads on. Whole seconds; etcd has a minimum, 2 s by default.
+        lease: Duration,
+    },
 }
 
 /// All that a server can be told.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Config {
     /// Where it listens. Port 0 takes a free one.
     pub listen: SocketAddr,
@@ -30,6 +44,8 @@ pub struct Config {
     pub silence: Duration,
     /// What a peer may ask for.
     pub limits: Limits,
+    /// Where saves and tells are written down for a check afterwards, if they are, and by which clock.
+    pub record: Option<(PathBuf, MonotonicUs)>,
 }
 
 /// Limits on everything that a peer controls.
@@ -92,6 +108,7 @@ impl Default for Config {
             store: StoreConfig::Embedded { dir: PathBuf::from("reknit-data") },
             silence: Duration::from_secs(3),
             limits: Limits::default(),
+            record: None,
         }
     }
 }

@@ -14,24 +14,54 @@ use tonic::{Request, Response, Status};
 
 use crate::job::{Input, JobHandle, Unanswered};
 use crate::jobs::{Jobs, OpenJobError};
+use crate::office::Office;
+use crate::records::Records;
 use crate::rendezvous::open_status;
 
 pub(crate) struct InspectService {
-    jobs: Jobs,
+    office: Office,
+    records: Records,
 }
 
 impl InspectService {
-    pub(crate) fn new(jobs: Jobs) -> InspectService {
-        InspectService { jobs }
+    pub(crate) fn new(office: Office) -> InspectService {
+        InspectService { office, records: Records::default() }
+    }
+
+    /// An answer from what is saved, which says where a fresher one is to be had.
+    fn as_saved<T>(&self, answer: Result<T, Status>) -> Result<Response<T>, Status> {
+        let mut response = Response::new(answer.map_err(|status| self.office.redirected(status))?);
+        self.office.redirect(response.metadata_mut());
+        Ok(response)
+    }
+}
+
+pub(crate) fn no_such_job(job: &JobId) -> Status {
+    Status::not_found(format!("no job is called {job}"))
+}
+
+fn id(job: &str) -> Result<JobId, Status> {
+    JobId::new(job).map_err(|why| Status::invalid_argument(why.to_string()))
+}
+
+/// The line of a job in the list of all.
+pub(crate) fn summary(status: &v1::JobStatus) -> v1::JobSummary {
+    v1::JobSummary {
+        phase: status.phase,
+        job: status.job.clone(),
+        generation: status.generation,
+        size: status.size,
+        members: status.members_total,
+        step: status.step,
     }
 }
 
 /// The job of that name, taken up from its record if it is not served at present.
 pub(crate) async fn find(jobs: &Jobs, job: &str) -> Result<JobHandle, Status> {
-    let id = JobId::new(job).map_err(|why| Status::invalid_argument(why.to_string()))?;
+    let id = id(job)?;
     match jobs.open(&id, None).await {
         Ok(handle) => Ok(handle),
-        Err(OpenJobError::NoSuchJob) => Err(Status::not_found(format!("no job is called {id}"))),
+        Err(OpenJobError::NoSuchJob) => Err(no_such_job(&id)),
         Err(why) => Err(open_status(&why)),
     }
 }
@@ -51,19 +81,12 @@ async fn status(handle: &JobHandle, members_max: u32) -> Result<v1::JobStatus, U
 
 impl InspectService {
     /// Every job, in order. All are asked at once: one that has no time holds up nobody, and is listed without a phase.
-    async fn summaries(&self) -> Vec<v1::JobSummary> {
+    async fn summaries(&self, jobs: &Jobs) -> Vec<v1::JobSummary> {
         let mut asking = JoinSet::new();
-        for (job, handle) in self.jobs.all() {
+        for (job, handle) in jobs.all() {
             asking.spawn(async move {
                 match status(&handle, 1).await {
-                    Ok(status) => Some(v1::JobSummary {
-                        phase: status.phase,
-                        job: status.job,
-                        generation: status.generation,
-                        size: status.size,
-                        members: status.members_total,
-                        step: status.step,
-                    }),
+                    Ok(status) => Some(summary(&status)),
                     Err(Unanswered::Busy) => {
                         Some(v1::JobSummary { job: job.as_str().to_owned(), ..v1::JobSummary::default() })
                     }
@@ -86,8 +109,13 @@ const WATCH_EVERY_MAX: Duration = Duration::from_secs(1);
 #[tonic::async_trait]
 impl Inspect for InspectService {
     async fn server(&self, _: Request<v1::ServerRequest>) -> Result<Response<v1::ServerStatus>, Status> {
-        let around = &self.jobs.around;
-        let all = self.summaries().await;
+        let around = &self.office.around;
+        // One that does not lead has none.
+        let jobs = self.office.jobs().ok();
+        let all = match &jobs {
+            Some(jobs) => self.summaries(jobs).await,
+            None => Vec::new(),
+        };
         let (jobs, members) = (all.len() as u32, all.iter().map(|job| job.members).sum());
         Ok(Response::new(v1::ServerStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -99,17 +127,30 @@ impl Inspect for InspectService {
             received: around.counters.all_received().into_iter().collect(),
             sent: around.counters.all_sent(),
             saves: around.counters.all_saves(),
-            ..v1::ServerStatus::default()
+            role: if self.office.epoch().is_some() { "leading" } else { "following" }.to_owned(),
+            leader: self.office.leader().unwrap_or_default(),
+            epoch: self.office.epoch().unwrap_or_default().0,
+            store_transactions: around.store.transactions(),
         }))
     }
 
     async fn jobs(&self, _: Request<v1::JobsRequest>) -> Result<Response<v1::JobsReply>, Status> {
-        Ok(Response::new(v1::JobsReply { jobs: self.summaries().await }))
+        match self.office.jobs() {
+            Ok(jobs) => {
+                Ok(Response::new(v1::JobsReply { jobs: self.summaries(&jobs).await, saved_age_us: None }))
+            }
+            Err(_) => self.as_saved(self.records.summaries(&self.office.around).await),
+        }
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::JobStatus>, Status> {
         let request = request.into_inner();
-        let handle = find(&self.jobs, &request.job).await?;
+        let Ok(jobs) = self.office.jobs() else {
+            let job = id(&request.job)?;
+            let status = self.records.status(&self.office.around, &job, request.members_max).await;
+            return self.as_saved(status);
+        };
+        let handle = find(&jobs, &request.job).await?;
         Ok(Response::new(status(&handle, request.members_max).await.map_err(unanswered)?))
     }
 
@@ -120,7 +161,7 @@ impl Inspect for InspectService {
         request: Request<v1::StatusRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let request = request.into_inner();
-        let handle = find(&self.jobs, &request.job).await?;
+        let handle = find(&self.office.jobs()?, &request.job).await?;
         // One status waits at the most: a slow reader sees fewer, newer ones.
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
@@ -152,8 +193,14 @@ impl Inspect for InspectService {
         &self,
         request: Request<v1::HistoryRequest>,
     ) -> Result<Response<v1::HistoryReply>, Status> {
-        let handle = find(&self.jobs, &request.into_inner().job).await?;
+        let request = request.into_inner();
+        let Ok(jobs) = self.office.jobs() else {
+            let job = id(&request.job)?;
+            return self.as_saved(self.records.history(&self.office.around, &job).await);
+        };
+        let handle = find(&jobs, &request.job).await?;
         let changes = handle.ask(|answer| Input::History { answer }).await.map_err(unanswered)?;
-        Ok(Response::new(v1::HistoryReply { changes: changes.iter().map(inspect::from_change).collect() }))
+        let changes = changes.iter().map(inspect::from_change).collect();
+        Ok(Response::new(v1::HistoryReply { changes, saved_age_us: None }))
     }
 }

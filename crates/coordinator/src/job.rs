@@ -17,14 +17,15 @@ use reknit_membership::status::{PhaseName, Status};
 use reknit_membership::world::Seat;
 use reknit_membership::{Generation, Job, JobId, MemberId, Timestamp, Timing};
 use reknit_proto::{rendezvous, v1};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
 use crate::config::Limits;
 use crate::counters::Counters;
 use crate::secret::JobSecret;
-use crate::store::{Revision, Store, StoreError};
+use crate::store::recorded::Recorder;
+use crate::store::{Epoch, Revision, Store, StoreError};
 
 /// Tells one stream of a member from a later one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -199,6 +200,28 @@ pub struct Surroundings {
     pub limits: Limits,
     /// Counts for operators.
     pub counters: Arc<Counters>,
+    /// Which reign this is.
+    pub epoch: Epoch,
+    /// Where tells are written down, if they are.
+    pub recorder: Option<Arc<Recorder>>,
+    /// Told when a save finds that another coordinator leads.
+    pub deposed: Arc<Notify>,
+}
+
+impl Surroundings {
+    /// Those of a server that has its store for itself.
+    pub fn alone(store: Arc<dyn Store>, timing: Timing, limits: Limits) -> Surroundings {
+        Surroundings {
+            store,
+            clock: Clock::start(),
+            timing,
+            limits,
+            counters: Arc::default(),
+            epoch: Epoch::default(),
+            recorder: None,
+            deposed: Arc::default(),
+        }
+    }
 }
 
 /// The record of a job as the task takes it up.
@@ -471,6 +494,9 @@ impl JobTask {
         let stream = self.streams.get(&member)?;
         let wire = rendezvous::to_member(message, |generation| self.secret.of(generation));
         self.around.counters.sent();
+        if let Some(recorder) = &self.around.recorder {
+            recorder.tells(self.job_id(), member, message, self.revision, self.around.epoch);
+        }
         let sent = stream.sender.try_send(Box::new(wire));
         if message.is_last() {
             self.streams.remove(&member);

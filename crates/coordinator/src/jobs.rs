@@ -61,16 +61,28 @@ impl Jobs {
     /// but its own job from being served.
     pub(crate) async fn load_all(&self) -> Result<usize, OpenJobError> {
         let mut loaded = 0;
-        for job in &self.around.store.jobs().await? {
-            match self.open(job, None).await {
-                Ok(_) => loaded += 1,
-                Err(why @ OpenJobError::Record(_)) => {
+        let mut left = self.around.store.jobs().await?.into_iter();
+        let mut loading = JoinSet::new();
+        loop {
+            while loading.len() < LOADS_AT_ONCE
+                && let Some(job) = left.next()
+            {
+                let jobs = self.clone();
+                loading.spawn(async move { (jobs.open(&job, None).await, job) });
+            }
+            match loading.join_next().await {
+                None => return Ok(loaded),
+                Some(Ok((Ok(_), _))) => loaded += 1,
+                Some(Ok((Err(why @ OpenJobError::Record(_)), job))) => {
                     tracing::error!(%job, error = %source_text(&why), "a job's record cannot be read: it is not served");
                 }
-                Err(why) => return Err(why),
+                // Somebody has deleted it since it was listed.
+                Some(Ok((Err(OpenJobError::NoSuchJob), _))) => {}
+                Some(Ok((Err(why), _))) => return Err(why),
+                // Loading ends with a result, and nobody aborts it.
+                Some(Err(why)) => std::panic::resume_unwind(why.into_panic()),
             }
         }
-        Ok(loaded)
     }
 
     /// The job of that id, if it is served.
@@ -128,6 +140,22 @@ impl Jobs {
         })
     }
 
+    /// Resolves when a save has found that another coordinator leads.
+    pub(crate) async fn was_deposed(&self) {
+        self.around.deposed.notified().await;
+    }
+
+    /// Ends every job's task at once: another coordinator leads, and nobody is to be told anything more here. Whether what
+    /// was being saved is saved, reading tells whoever leads.
+    pub(crate) async fn abandon(&self) {
+        let mut tasks = self.with(|table| {
+            table.stopping = true;
+            table.handles.clear();
+            std::mem::take(&mut table.tasks)
+        });
+        tasks.shutdown().await;
+    }
+
     /// Ends every job's task, after what it is about to save is saved. Every stream ends with its task.
     pub(crate) async fn stop(&self) {
         let (handles, mut tasks) = self.with(|table| {
@@ -150,26 +178,21 @@ impl Jobs {
     }
 }
 
+/// How many jobs are read from the store at once.
+const LOADS_AT_ONCE: usize = 32;
+
 /// How long a stopping server waits for its store.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Clock;
     use crate::config::Limits;
-    use crate::counters::Counters;
     use crate::store::Memory;
     use reknit_membership::Timing;
 
     fn jobs(limits: Limits) -> Jobs {
-        Jobs::new(Surroundings {
-            store: Arc::new(Memory::new()),
-            clock: Clock::start(),
-            timing: Timing::default(),
-            limits,
-            counters: Arc::new(Counters::default()),
-        })
+        Jobs::new(Surroundings::alone(Arc::new(Memory::new()), Timing::default(), limits))
     }
 
     #[tokio::test]

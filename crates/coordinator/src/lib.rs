@@ -26,17 +26,22 @@
 //! | D-5 | The server is not on a step's path: members send nothing per step (see `counters`). |
 //! | D-6 | The coordinator never dials a member. |
 //! | D-7 | Whatever a peer can open, send or keep waiting has a limit in [`config::Limits`], and what is beyond it is told so. |
+//! | D-8 | A coordinator that does not hold the leader's key changes nothing: every write to a shared store compares it. |
 
 #![forbid(unsafe_code)]
 
 pub mod clock;
 pub mod config;
 pub mod counters;
+pub mod etcd;
 mod inspect;
 pub mod job;
 mod jobs;
 mod listen;
+mod office;
 mod operate;
+mod peers;
+mod records;
 mod rendezvous;
 pub mod secret;
 pub mod server;

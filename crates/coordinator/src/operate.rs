@@ -10,19 +10,19 @@ use tonic::{Request, Response, Status};
 
 use crate::inspect::{find, unanswered};
 use crate::job::Input;
-use crate::jobs::Jobs;
+use crate::office::Office;
 
 pub(crate) struct OperateService {
-    jobs: Jobs,
+    office: Office,
 }
 
 impl OperateService {
-    pub(crate) fn new(jobs: Jobs) -> OperateService {
-        OperateService { jobs }
+    pub(crate) fn new(office: Office) -> OperateService {
+        OperateService { office }
     }
 
     async fn operate(&self, job: &str, operation: Operation) -> Result<Response<v1::OperateReply>, Status> {
-        let handle = find(&self.jobs, job).await?;
+        let handle = find(&self.office.jobs()?, job).await?;
         let answer = handle.ask(|answer| Input::Operate { operation, answer }).await.map_err(unanswered)?;
         answered(answer)
     }
@@ -71,7 +71,7 @@ impl Operate for OperateService {
         request: Request<v1::NoticeRequest>,
     ) -> Result<Response<v1::OperateReply>, Status> {
         let request = request.into_inner();
-        let deadline = self.jobs.around.clock.now().after(Duration::from_millis(request.left_ms));
+        let deadline = self.office.around.clock.now().after(Duration::from_millis(request.left_ms));
         self.operate(&request.job, Operation::Notice { name: member(&request.member)?, deadline }).await
     }
 
@@ -94,7 +94,7 @@ impl Operate for OperateService {
     async fn forget(&self, request: Request<v1::JobRequest>) -> Result<Response<v1::OperateReply>, Status> {
         let request = request.into_inner();
         let job = JobId::new(&request.job).map_err(|why| Status::invalid_argument(why.to_string()))?;
-        let handle = find(&self.jobs, job.as_str()).await?;
+        let handle = find(&self.office.jobs()?, job.as_str()).await?;
         let forgotten = handle
             .ask(|answer| Input::Forget { answer })
             .await

@@ -19,19 +19,20 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::inspect::{find, unanswered};
 use crate::job::{ConnectionId, Input, JobHandle, Outbound, source_text};
 use crate::jobs::{Jobs, OpenJobError};
+use crate::office::Office;
 
 pub(crate) struct RendezvousService {
-    jobs: Jobs,
+    office: Office,
     connections: AtomicU64,
 }
 
 impl RendezvousService {
-    pub(crate) fn new(jobs: Jobs) -> RendezvousService {
-        RendezvousService { jobs, connections: AtomicU64::new(0) }
+    pub(crate) fn new(office: Office) -> RendezvousService {
+        RendezvousService { office, connections: AtomicU64::new(0) }
     }
 
     async fn introduction(&self, inbound: &mut Streaming<v1::MemberMessage>) -> Result<Introduction, Status> {
-        let limit = self.jobs.around.limits.introduction;
+        let limit = self.office.around.limits.introduction;
         let first = tokio::time::timeout(limit, inbound.message())
             .await
             .map_err(|_| Status::deadline_exceeded("a stream must begin with a join"))??
@@ -71,9 +72,11 @@ impl Rendezvous for RendezvousService {
         &self,
         request: Request<Streaming<v1::MemberMessage>>,
     ) -> Result<Response<Self::AttendStream>, Status> {
+        // Whoever asks the wrong coordinator hears so before it has said a word.
+        let jobs = self.office.jobs()?;
         let mut inbound = request.into_inner();
         let Introduction { job, member, join } = self.introduction(&mut inbound).await?;
-        let (sender, receiver) = mpsc::channel(self.jobs.around.limits.outbound);
+        let (sender, receiver) = mpsc::channel(jobs.around.limits.outbound);
         let (told, all_told) = oneshot::channel::<()>();
         let (complain, complaint) = oneshot::channel();
         let outgoing = ReceiverStream::new(receiver).map(move |message: Box<v1::CoordinatorMessage>| {
@@ -83,7 +86,7 @@ impl Rendezvous for RendezvousService {
         });
         // What was wrong with what it sent, if anything was, is the last that it hears.
         let outgoing: Outgoing = Box::pin(outgoing.chain(Complaint(Some(complaint))));
-        match self.jobs.open(&job, Some(join.spec)).await {
+        match jobs.open(&job, Some(join.spec)).await {
             Ok(handle) => {
                 let connection = ConnectionId(self.connections.fetch_add(1, Ordering::Relaxed));
                 let outbound = Outbound { connection, sender };
@@ -91,7 +94,7 @@ impl Rendezvous for RendezvousService {
                 handle.send(attach).await.map_err(|gone| Status::unavailable(gone.to_string()))?;
                 let from = Speaker { job, member, connection };
                 let ends = Ends { all_told, complain };
-                tokio::spawn(listen(self.jobs.clone(), handle, from, inbound, ends));
+                tokio::spawn(listen(jobs.clone(), handle, from, inbound, ends));
             }
             Err(OpenJobError::BadSpec(why)) => {
                 // The queue is new and empty: there is room.
@@ -104,9 +107,9 @@ impl Rendezvous for RendezvousService {
 
     async fn roster(&self, request: Request<v1::RosterRequest>) -> Result<Response<v1::RosterPage>, Status> {
         let request = request.into_inner();
-        let handle = find(&self.jobs, &request.job).await?;
+        let handle = find(&self.office.jobs()?, &request.job).await?;
         let from = request.from as usize;
-        let most = self.jobs.around.limits.listed;
+        let most = self.office.around.limits.listed;
         let page = handle
             .ask(|answer| Input::Roster { from, most, answer })
             .await

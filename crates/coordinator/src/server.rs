@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,16 +15,19 @@ use tokio::sync::oneshot;
 use tonic::server::NamedService;
 use tonic_health::ServingStatus;
 
-use crate::clock::Clock;
 use crate::config::{Config, StoreConfig};
-use crate::counters::Counters;
+use crate::etcd::EtcdError;
+use crate::etcd::cluster::Cluster;
 use crate::inspect::InspectService;
 use crate::job::{Surroundings, source_text};
 use crate::jobs::Jobs;
 use crate::listen::connections;
+use crate::office::{Election, Office};
 use crate::operate::OperateService;
+use crate::peers::Peers;
 use crate::rendezvous::RendezvousService;
-use crate::store::{Embedded, Memory, OpenError, Store};
+use crate::store::recorded::{Recorded, Recorder};
+use crate::store::{Embedded, Epoch, Etcd, Memory, OpenError, Store};
 
 /// Why a server cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +59,17 @@ pub enum ServeError {
     /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] OpenError),
+    /// The etcd that coordinators share cannot be used.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
+    /// The file of saves and tells cannot be written.
+    #[error("cannot write {}", file.display())]
+    Record {
+        /// Which.
+        file: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// The store is open, but a job in it cannot be read.
     #[error("a job's record cannot be read: {0}")]
     Records(String),
@@ -67,8 +82,30 @@ pub enum ServeError {
 pub struct Server {
     address: SocketAddr,
     listener: TcpListener,
-    jobs: Jobs,
+    rule: Rule,
+    office: Office,
     silence: Duration,
+}
+
+/// By what right a server leads.
+enum Rule {
+    /// Its store is its own.
+    Alone(Jobs),
+    /// It stands for election.
+    Elected(Election),
+}
+
+impl Rule {
+    /// Plays its part until `stop` is ready, and then comes to an orderly end.
+    async fn run(self, stop: oneshot::Receiver<()>) {
+        match self {
+            Rule::Alone(jobs) => {
+                let _ = stop.await;
+                jobs.stop().await;
+            }
+            Rule::Elected(election) => election.run(stop).await,
+        }
+    }
 }
 
 /// Whether an address that other machines can reach is acceptable.
@@ -96,21 +133,43 @@ impl Server {
             _ => ServeError::Listen { listen, source },
         })?;
         let address = listener.local_addr().map_err(|source| ServeError::Listen { listen, source })?;
-        let store: Arc<dyn Store> = match &config.store {
+        let recorder = match &config.record {
+            Some((file, clock)) => {
+                let cannot = |source| ServeError::Record { file: file.clone(), source };
+                Some(Arc::new(Recorder::open(file, *clock).map_err(cannot)?))
+            }
+            None => None,
+        };
+        let around = |store| Surroundings {
+            recorder: recorder.clone(),
+            ..Surroundings::alone(store, timing, config.limits)
+        };
+        let alone: Arc<dyn Store> = match config.store {
             StoreConfig::Memory => Arc::new(Memory::new()),
-            StoreConfig::Embedded { dir } => Arc::new(Embedded::open(dir)?),
+            StoreConfig::Embedded { dir } => Arc::new(Embedded::open(&dir)?),
+            StoreConfig::Etcd { address: etcd, credentials, advertise, lease } => {
+                let cluster = Arc::new(Cluster::new(etcd, credentials));
+                cluster.open().await?;
+                let around = around(Arc::new(Etcd::new(Arc::clone(&cluster), None)));
+                tracing::info!(%address, store = around.store.describe(), url = advertise, "listening");
+                let (election, office) =
+                    Election::new(cluster, advertise, lease, around, recorder.clone(), Peers::default());
+                let rule = Rule::Elected(election);
+                return Ok(Server { address, listener, rule, office, silence: config.silence });
+            }
         };
-        let around = Surroundings {
-            store,
-            clock: Clock::start(),
-            timing,
-            limits: config.limits,
-            counters: Arc::new(Counters::default()),
+        let store = match &recorder {
+            Some(recorder) => {
+                let recorder = Arc::clone(recorder);
+                Arc::new(Recorded { store: alone, epoch: Epoch::default(), recorder })
+            }
+            None => alone,
         };
-        let jobs = Jobs::new(around);
+        let jobs = Jobs::new(around(store));
         let known = jobs.load_all().await.map_err(|why| ServeError::Records(source_text(&why)))?;
         tracing::info!(%address, store = jobs.around.store.describe(), jobs = known, "listening");
-        Ok(Server { address, listener, jobs, silence: config.silence })
+        let office = Office::for_good(jobs.clone());
+        Ok(Server { address, listener, rule: Rule::Alone(jobs), office, silence: config.silence })
     }
 
     /// Where it listens.
@@ -125,7 +184,7 @@ impl Server {
     /// # Errors
     /// [`ServeError::Grpc`] if the services cannot be set up or fail as a whole.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
-        let limits = self.jobs.around.limits;
+        let limits = self.office.around.limits;
         let grpc = |why: Box<dyn std::error::Error + Send + Sync>| ServeError::Grpc(why);
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(reknit_proto::DESCRIPTORS)
@@ -137,14 +196,15 @@ impl Server {
             health.set_service_status(service, ServingStatus::Serving).await;
         }
 
-        let rendezvous = RendezvousServer::new(RendezvousService::new(self.jobs.clone()))
+        let rendezvous = RendezvousServer::new(RendezvousService::new(self.office.clone()))
             .max_decoding_message_size(limits.message_bytes);
-        let inspect = InspectServer::new(InspectService::new(self.jobs.clone()))
+        let inspect = InspectServer::new(InspectService::new(self.office.clone()))
             .max_decoding_message_size(limits.message_bytes);
-        let operate = OperateServer::new(OperateService::new(self.jobs.clone()))
+        let operate = OperateServer::new(OperateService::new(self.office.clone()))
             .max_decoding_message_size(limits.message_bytes);
 
-        let jobs = self.jobs.clone();
+        let (end, ending) = oneshot::channel();
+        let ruling = tokio::spawn(self.rule.run(ending));
         let unhealthy = health.clone();
         let (ends, ended) = oneshot::channel();
         let stopped = async move {
@@ -153,7 +213,9 @@ impl Server {
             for service in SERVICES {
                 unhealthy.set_service_status(service, ServingStatus::NotServing).await;
             }
-            jobs.stop().await;
+            // It ends by itself only if it has failed; whoever serves then has nothing to hand over.
+            let _ = end.send(());
+            let _ = ruling.await;
             // If nobody waits for it, everything has ended already.
             let _ = ends.send(());
         };

@@ -8,7 +8,9 @@
 
 pub mod contract;
 mod embedded;
+mod etcd;
 mod memory;
+pub mod recorded;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -16,11 +18,16 @@ use std::pin::Pin;
 use reknit_membership::JobId;
 
 pub use embedded::{Embedded, OpenError};
+pub use etcd::Etcd;
 pub use memory::Memory;
 
 /// Which version of a job's value is meant. Zero: there is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Revision(pub u64);
+
+/// Which reign of which coordinator: it rises with every leader. Zero where there is one server only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Epoch(pub u64);
 
 /// A value as it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +45,9 @@ pub enum StoreError {
     /// The job's value has another revision than the caller expects: somebody else wrote it.
     #[error("the record was changed by somebody else")]
     Conflict,
+    /// Another coordinator leads, or may lead: this one changes nothing any more.
+    #[error("this coordinator does not lead any more")]
+    NotLeader,
     /// It could not be done, or nobody knows whether it was. Trying again may help.
     #[error("the store could not be reached or written")]
     Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -72,4 +82,9 @@ pub trait Store: Send + Sync + 'static {
 
     /// Removes the value of `job` if its revision is `expected`, durably.
     fn remove(&self, job: &JobId, expected: Revision) -> Pending<'_, ()>;
+
+    /// How many transactions it has put to another process since the start; zero if there is none.
+    fn transactions(&self) -> u64 {
+        0
+    }
 }

@@ -6,9 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use reknit_coordinator::clock::Clock;
 use reknit_coordinator::config::Limits;
-use reknit_coordinator::counters::Counters;
 use reknit_coordinator::job::{
     ConnectionId, Input, JobHandle, Known, Outbound, Surroundings, Unanswered, job_task,
 };
@@ -76,13 +74,8 @@ fn start(store: &Arc<Fickle>) -> JobHandle {
         secret: JobSecret::from_bytes([9; 32]),
         revision: Revision::default(),
     };
-    let around = Surroundings {
-        store: Arc::clone(store) as Arc<dyn Store>,
-        clock: Clock::start(),
-        timing: Timing::default(),
-        limits: Limits::default(),
-        counters: Arc::new(Counters::default()),
-    };
+    let around =
+        Surroundings::alone(Arc::clone(store) as Arc<dyn Store>, Timing::default(), Limits::default());
     let (handle, task) = job_task(known, around);
     tokio::spawn(task);
     handle

@@ -22,8 +22,12 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
 const BACKOFF_FIRST: Duration = Duration::from_millis(20);
 /// … up to this.
 const BACKOFF_MAX: Duration = Duration::from_millis(250);
-/// How often a silent connection is asked whether it still is one.
-const KEEPALIVE: Duration = Duration::from_secs(3);
+/// How often a silent connection is asked whether it still is one, at the most: a coordinator that is stopped, or cut off,
+/// must be given up soon enough to find the one that leads after it while that one still waits.
+const KEEPALIVE_MIN: Duration = Duration::from_secs(1);
+/// How many of a member's renewals fit into [`BACKOFF_MAX`] for a small job; the pause grows with how seldom members of a
+/// large one renew, so that ten thousand of them do not knock at once.
+const BACKOFF_PER_RENEWAL: f64 = 0.4;
 /// Messages that may wait for the network: there are never more than a few.
 const OUTBOUND: usize = 64;
 
@@ -36,6 +40,8 @@ type Sender = mpsc::Sender<v1::MemberMessage>;
 enum Ended {
     /// The coordinator, or the way to it, is gone; or a new introduction is due. With what is known of why.
     Gone(String),
+    /// Another coordinator leads: this one.
+    Elsewhere(String),
     /// The coordinator will not have this member, and trying again will not help.
     Rejected(String),
     /// The program is done with it.
@@ -66,8 +72,14 @@ async fn live(
     // Whether it was said that there is none, since there last was one.
     let mut said = false;
     let mut jitter = hub.look(|session| session.member().0);
+    // Where it was sent by the one that it asked last.
+    let mut sent_to: Option<String> = None;
+    // Where it was attached last: it is asked again first, after what may only have been a broken connection.
+    let mut home = 0;
     loop {
-        let coordinator = &coordinators[attempt as usize % coordinators.len()];
+        let listed = &coordinators[(home + attempt as usize) % coordinators.len()];
+        let is_sent = sent_to.is_some();
+        let coordinator = &sent_to.take().unwrap_or_else(|| listed.clone());
         let ended = attend(hub, coordinator, job, &mut inbox).await;
         let was_up = hub.look(super::session::Session::is_attached);
         match ended {
@@ -75,6 +87,14 @@ async fn live(
             Ended::Rejected(why) => {
                 hub.disconnected(why.clone());
                 return hub.bring(|session| session.rejected(why));
+            }
+            Ended::Elsewhere(leader) => {
+                hub.disconnected(format!("{coordinator} does not lead; {leader} does"));
+                // One that sends on is followed once; it may know as little as the one before.
+                if !is_sent && &leader != coordinator && is_sendable(coordinator, &leader) {
+                    sent_to = Some(leader);
+                    continue;
+                }
             }
             Ended::Gone(why) => {
                 let is_over = hub.look(|session| session.end().is_some());
@@ -90,15 +110,30 @@ async fn live(
             end_of(&mut inbox).await;
             return;
         }
-        attempt = if was_up { 0 } else { attempt.saturating_add(1) };
+        if was_up {
+            home = coordinators.iter().position(|listed| listed == coordinator).unwrap_or(home);
+            attempt = 0;
+        } else {
+            attempt = attempt.saturating_add(1);
+        }
         jitter = mix(jitter);
-        let most = (BACKOFF_FIRST * 2u32.saturating_pow(attempt.min(8))).min(BACKOFF_MAX);
+        // Each of them is asked once before the pause grows.
+        let round = attempt / coordinators.len() as u32;
+        let longest =
+            hub.look(super::session::Session::renew_every).mul_f64(BACKOFF_PER_RENEWAL).max(BACKOFF_MAX);
+        let most = (BACKOFF_FIRST * 2u32.saturating_pow(round.min(8))).min(longest);
         let pause = most.mul_f64((jitter >> 11) as f64 / (1u64 << 53) as f64);
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = end_of(&mut inbox) => return,
         }
     }
+}
+
+/// Whether a member goes where it is sent: never from a coordinator that has proved who it is to one that does not.
+fn is_sendable(from: &str, to: &str) -> bool {
+    let is_secure = |url: &str| url.starts_with("https://");
+    to.starts_with("http") && (is_secure(to) || !is_secure(from))
 }
 
 /// Drops what is to be said while there is nobody to hear it (the session says again what still matters), until the
@@ -169,12 +204,13 @@ async fn begin(
     coordinator: &str,
     job: &JobId,
 ) -> Result<(Sender, Streaming<v1::CoordinatorMessage>), Ended> {
+    let keepalive = hub.look(super::session::Session::renew_every).max(KEEPALIVE_MIN);
     let endpoint = Endpoint::from_shared(coordinator.to_owned())
         .map_err(|why| Ended::Rejected(format!("{coordinator} is no address of a coordinator: {why}")))?
         .connect_timeout(CONNECT_PATIENCE)
         .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEPALIVE)
-        .keep_alive_timeout(KEEPALIVE)
+        .http2_keep_alive_interval(keepalive)
+        .keep_alive_timeout(keepalive)
         .keep_alive_while_idle(true);
     let channel = endpoint.connect().await.map_err(|why| gone(root(&why)))?;
     let (sender, receiver) = mpsc::channel(OUTBOUND);
@@ -217,6 +253,9 @@ fn ended_by(status: &tonic::Status) -> Ended {
         Code::FailedPrecondition | Code::InvalidArgument | Code::Unimplemented | Code::DataLoss => {
             Ended::Rejected(status.message().to_owned())
         }
-        _ => gone(root(status)),
+        _ => match status.metadata().get(reknit_proto::LEADER_KEY).and_then(|leader| leader.to_str().ok()) {
+            Some(leader) => Ended::Elsewhere(leader.to_owned()),
+            None => gone(root(status)),
+        },
     }
 }

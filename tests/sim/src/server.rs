@@ -6,12 +6,10 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use reknit_coordinator::clock::Clock;
 use reknit_coordinator::config::Limits;
-use reknit_coordinator::counters::Counters;
 use reknit_coordinator::job::{
     ConnectionId, Input, JobGone, JobHandle, Known, Outbound, Surroundings, job_task,
 };
@@ -156,11 +154,8 @@ impl Sim {
         let limits =
             Limits { outbound: self.options.outbound, inbound: self.options.inbound, ..Limits::default() };
         let surroundings = Surroundings {
-            store: self.store.end(server, s.life),
             clock: s.clock?,
-            timing: self.options.timing,
-            limits,
-            counters: Arc::new(Counters::default()),
+            ..Surroundings::alone(self.store.end(server, s.life), self.options.timing, limits)
         };
         let (handle, future) = job_task(known, surroundings);
         s.task = Some(Task { handle: handle.clone(), future: Box::pin(future) });

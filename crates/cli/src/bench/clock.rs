@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 /// An instant by the machine's monotonic clock, in nanoseconds: unlike [`std::time::Instant`] it can be told to another
@@ -13,9 +12,7 @@ pub(super) struct Mark(pub(super) u64);
 
 impl Mark {
     pub(super) fn now() -> Mark {
-        let now = clock_gettime(ClockId::Monotonic);
-        // The kernel never gives a negative one.
-        Mark(now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs())
+        Mark(crate::clock::monotonic_ns())
     }
 
     /// The instant so much later.

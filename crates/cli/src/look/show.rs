@@ -13,6 +13,7 @@ use reknit_membership::{MemberId, MemberName};
 use reknit_proto::v1;
 use serde_json::{Value, json};
 
+use crate::failure::Failure;
 use crate::print;
 
 pub(crate) fn phase(phase: PhaseName) -> &'static str {
@@ -56,6 +57,49 @@ pub(super) fn job_json(job: &v1::JobSummary) -> Value {
         "members": job.members,
         "step": job.step,
     })
+}
+
+pub(super) fn server_row(url: &str, answer: Result<&v1::ServerStatus, &Failure>) -> Vec<String> {
+    let dash = || "-".to_owned();
+    match answer {
+        Ok(server) => {
+            // One that does not lead knows no numbers of its own.
+            let of_leader = |number: u64| if server.role == "leading" { number.to_string() } else { dash() };
+            vec![
+                url.to_owned(),
+                server.role.clone(),
+                of_leader(server.epoch),
+                of_leader(server.jobs.into()),
+                of_leader(server.members.into()),
+                format!("{} s", server.uptime_ms / 1000),
+                server.version.clone(),
+                server.store.clone(),
+            ]
+        }
+        Err(_) => {
+            let mut row = vec![url.to_owned(), "no answer".to_owned()];
+            row.resize_with(8, dash);
+            row
+        }
+    }
+}
+
+pub(super) fn server_json(url: &str, answer: Result<&v1::ServerStatus, &Failure>) -> Value {
+    match answer {
+        Ok(server) => json!({
+            "coordinator": url,
+            "role": server.role,
+            "leader": if server.role == "leading" { url } else { &server.leader },
+            "epoch": server.epoch,
+            "jobs": server.jobs,
+            "members": server.members,
+            "uptime_ms": server.uptime_ms,
+            "version": server.version,
+            "store": server.store,
+            "store_transactions": server.store_transactions,
+        }),
+        Err(_) => json!({ "coordinator": url, "role": Value::Null }),
+    }
 }
 
 /// The name of a member, if it is listed; else its id.
@@ -180,7 +224,7 @@ fn closure_text(phase: PhaseName) -> Option<String> {
     }
 }
 
-pub(super) fn status_json(status: &Status, members_total: u32) -> Value {
+pub(super) fn status_json(status: &Status, members_total: u32, saved_age: Option<Duration>) -> Value {
     let members: Vec<Value> = status
         .members
         .iter()
@@ -215,6 +259,8 @@ pub(super) fn status_json(status: &Status, members_total: u32) -> Value {
             json!({ "step": trouble.step.0, "member": trouble.member.as_str() })
         }),
         "checkpoints": status.commits.iter().map(commit_json).collect::<Vec<_>>(),
+        // Only from a coordinator that does not lead.
+        "saved_age_ms": saved_age.map(|age| age.as_millis() as u64),
     })
 }
 

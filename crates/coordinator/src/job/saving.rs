@@ -22,6 +22,11 @@ impl JobTask {
                     self.revision = revision;
                     break;
                 }
+                Err(StoreError::NotLeader) => {
+                    tracing::warn!(job = %self.job_id(), "another coordinator leads: members go there");
+                    self.around.deposed.notify_one();
+                    return Err(Life::Ends);
+                }
                 Err(why) if why.is_retryable() => {
                     tracing::error!(job = %self.job_id(), error = %source_text(&why), "a record could not be saved; \
                         members are not told of the change until it can");
