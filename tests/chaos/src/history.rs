@@ -58,8 +58,11 @@ pub enum Act {
 pub enum Outcome {
     /// It was saved, and the record has this revision.
     Saved(u64),
-    /// It was not saved: the newest record had another revision.
+    /// In the end it was refused: the newest record had another revision. If it had to be sent more than once, that record
+    /// may be this one.
     Conflict,
+    /// In the end it was refused: another one leads. If it had to be sent more than once, it may have been saved before.
+    NotLeader,
     /// It may have been saved, or be saved later, or never.
     Unknown,
 }
@@ -88,7 +91,7 @@ pub struct Tell {
 /// All that the coordinators of one store wrote down.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct History {
-    /// What was asked of the store, except what certainly had no effect.
+    /// What was asked of the store, except loads that failed.
     pub operations: Vec<Operation>,
     /// What members were told.
     pub tells: Vec<Tell>,
@@ -219,9 +222,9 @@ impl History {
             Event::Failed { id, why } => {
                 let asked = open.remove(&(pid, id)).ok_or("nothing was asked")?;
                 match why.as_str() {
-                    // A load that failed tells nothing, and who does not lead any more has changed nothing.
+                    // A load that failed tells nothing.
                     _ if asked.save.is_none() => {}
-                    "not_leader" => {}
+                    "not_leader" => self.saved(asked, Some(at_us), Outcome::NotLeader)?,
                     "conflict" => self.saved(asked, Some(at_us), Outcome::Conflict)?,
                     _ => self.unanswered(asked),
                 }
@@ -348,6 +351,7 @@ mod tests {
                 operation(10, Some(11), Act::Load { revision: 0, value: String::new() }),
                 operation(20, Some(25), save("aa", 0, 1, Outcome::Saved(7))),
                 operation(30, Some(31), save("bb", 6, 2, Outcome::Conflict)),
+                operation(32, Some(33), save("cc", 7, 2, Outcome::NotLeader)),
                 operation(40, None, save("dd", 7, 2, Outcome::Unknown)),
             ]
         );

@@ -17,9 +17,8 @@ struct Known {
 fn known(operations: &[Operation]) -> BTreeMap<u64, Known> {
     let mut by_value: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
     for operation in operations {
-        if let Act::Save { value, generation, epoch, outcome, .. } = &operation.act
-            && *outcome != Outcome::Conflict
-        {
+        // Whatever was said of it: what somebody has read was saved.
+        if let Act::Save { value, generation, epoch, .. } = &operation.act {
             by_value.insert(value, (*generation, *epoch));
         }
     }
