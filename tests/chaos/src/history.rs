@@ -292,6 +292,15 @@ impl History {
         self.operations.iter().filter(saved).count()
     }
 
+    /// Of how many saves it is not known whether they were taken.
+    pub fn unknown(&self) -> usize {
+        let unknown = |operation: &&Operation| match operation.act {
+            Act::Save { outcome, .. } => !matches!(outcome, Outcome::Saved(_)),
+            Act::Load { .. } => false,
+        };
+        self.operations.iter().filter(unknown).count()
+    }
+
     /// Whatever is wrong with it, by all that is promised: see [`crate::linear`] and [`crate::told`].
     pub fn complaints(&self) -> Vec<String> {
         let mut complaints: Vec<String> = Vec::new();

@@ -49,7 +49,7 @@ fn coordinators_but(one: usize) -> impl Iterator<Item = Node> {
 
 #[test]
 fn a_leader_that_cannot_reach_the_store_makes_way_for_another_whichever_way_is_cut() {
-    let Some(mut fleet) = start() else { return };
+    let Some(fleet) = start() else { return };
     let generation = fleet.all_train();
     for way in WAYS {
         let leader = fleet.leader();
@@ -68,7 +68,7 @@ fn a_leader_that_cannot_reach_the_store_makes_way_for_another_whichever_way_is_c
 
 #[test]
 fn a_leader_that_the_others_cannot_reach_goes_on_or_makes_way_but_never_both() {
-    let Some(mut fleet) = start() else { return };
+    let Some(fleet) = start() else { return };
     let generation = fleet.all_train();
     for way in WAYS {
         let leader = fleet.leader();
@@ -84,7 +84,7 @@ fn a_leader_that_the_others_cannot_reach_goes_on_or_makes_way_but_never_both() {
 
 #[test]
 fn a_leader_that_is_cut_off_from_everybody_is_replaced_and_tells_nobody_anything() {
-    let Some(mut fleet) = start() else { return };
+    let Some(fleet) = start() else { return };
     let (generation, leader) = (fleet.all_train(), fleet.leader());
     let (one, others) = (Node::Coordinator(leader.index), coordinators_but(leader.index));
     cut(fleet.net(), Way::Both, one, etcd().chain(workers()).chain(others));
@@ -100,7 +100,7 @@ fn a_leader_that_is_cut_off_from_everybody_is_replaced_and_tells_nobody_anything
 
 #[test]
 fn workers_that_cannot_reach_the_leader_lose_no_step_and_are_all_back_when_they_can() {
-    let Some(mut fleet) = start() else { return };
+    let Some(fleet) = start() else { return };
     for way in [Way::Both, Way::To] {
         let leader = fleet.leader();
         cut(fleet.net(), way, Node::Coordinator(leader.index), workers());
@@ -115,7 +115,7 @@ fn workers_that_cannot_reach_the_leader_lose_no_step_and_are_all_back_when_they_
 
 #[test]
 fn one_worker_that_the_leader_cannot_hear_is_left_behind_and_comes_back() {
-    let Some(mut fleet) = start() else { return };
+    let Some(fleet) = start() else { return };
     let (before, leader) = (fleet.all_train(), fleet.leader());
     fleet.net().cut(Node::Worker(1), Node::Coordinator(leader.index));
     let without = fleet.trains_with(WORKERS - 1);
