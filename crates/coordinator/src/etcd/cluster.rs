@@ -137,7 +137,11 @@ impl Cluster {
             .when([Compare::create_revision(key.clone(), CompareOp::Equal, 0)])
             .and_then([TxnOp::put(key.clone(), LAYOUT, None)])
             .or_else([TxnOp::get(key, None)]);
-        let found = value(&self.transact(prepare).await?).map(|(_, value)| value);
+        let found =
+            self.transact(prepare).await?.op_responses().into_iter().find_map(|response| match response {
+                TxnOpResponse::Get(get) => get.kvs().first().map(|kv| kv.value().to_vec()),
+                _ => None,
+            });
         match found {
             Some(found) if found != LAYOUT.as_bytes() => Err(EtcdError::Newer {
                 prefix: self.address.prefix.clone(),
@@ -262,7 +266,9 @@ impl Cluster {
             }
             Code::ResourceExhausted if text.contains("space exceeded") => EtcdError::Full(text),
             // "authentication failed", "authentication is not enabled", "user name is empty", and so on.
-            Code::InvalidArgument | Code::FailedPrecondition if text.contains("authentication") => {
+            Code::InvalidArgument | Code::FailedPrecondition
+                if text.contains("authentication") || text.contains("user name") =>
+            {
                 EtcdError::Denied(text)
             }
             _ if text.is_empty() => self.unreachable(&source_text(status)),
@@ -273,16 +279,6 @@ impl Cluster {
 
 fn read(file: &Path) -> Result<Vec<u8>, EtcdError> {
     std::fs::read(file).map_err(|why| EtcdError::File { file: file.to_owned(), why: why.to_string() })
-}
-
-/// The first key that a transaction has read, with its modification revision and value.
-pub(crate) fn value(response: &TxnResponse) -> Option<(u64, Vec<u8>)> {
-    response.op_responses().into_iter().find_map(|response| match response {
-        TxnOpResponse::Get(get) => {
-            get.kvs().first().map(|kv| (kv.mod_revision().unsigned_abs(), kv.value().to_vec()))
-        }
-        _ => None,
-    })
 }
 
 /// Whether a version such as `3.4.23` has leases in transactions and everything else that we use.

@@ -8,13 +8,15 @@
 //! in LZ4's block format after their length (four bytes, little endian). Ten thousand members with long names fit.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, GetOptions, Txn, TxnOp};
 use reknit_membership::JobId;
 
 use super::{Epoch, Pending, Revision, Saved, Store, StoreError};
-use crate::etcd::EtcdError;
-use crate::etcd::cluster::{Cluster, value};
+use crate::etcd::cluster::Cluster;
+use crate::etcd::election::Candidate;
+use crate::etcd::{EtcdAddress, EtcdCredentials, EtcdError};
 
 /// Records shorter than this are kept as they are.
 const COMPRESS_FROM: usize = 4096;
@@ -38,6 +40,34 @@ pub struct Etcd {
 impl Etcd {
     pub(crate) fn new(cluster: Arc<Cluster>, epoch: Option<Epoch>) -> Etcd {
         Etcd { cluster, epoch }
+    }
+
+    /// Takes the lead once nobody has it, for as long as one lease lasts: for tests and tools. A server renews its own.
+    ///
+    /// # Errors
+    /// [`EtcdError`] if this etcd will not do, or does not answer.
+    pub async fn lead(
+        address: EtcdAddress,
+        credentials: EtcdCredentials,
+        lease: Duration,
+    ) -> Result<Etcd, EtcdError> {
+        let cluster = Arc::new(Cluster::new(address, credentials));
+        cluster.open().await?;
+        let candidate = Candidate::new(Arc::clone(&cluster), "http://nobody:1".to_owned(), lease);
+        loop {
+            match candidate.campaign().await? {
+                Ok(reign) => return Ok(Etcd::new(cluster, Some(reign.epoch))),
+                Err(leader) => {
+                    let seen = i64::try_from(leader.epoch.0).unwrap_or(i64::MAX);
+                    candidate.changed(seen).await;
+                }
+            }
+        }
+    }
+
+    /// Which reign its writes are for; none if it only reads.
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.epoch
     }
 
     fn key(&self, job: &JobId) -> String {
@@ -100,14 +130,15 @@ impl Etcd {
 
     async fn read(&self, job: &JobId) -> Result<Option<Saved>, StoreError> {
         let key = self.key(job);
-        let found = self.cluster.transact(Txn::new().and_then([TxnOp::get(key, None)])).await;
-        match value(&found.map_err(|why| unwritten(why, 0))?) {
-            None => Ok(None),
-            Some((revision, value)) => {
-                let value = unwrap(&value).map_err(|why| StoreError::Corrupt(why.into()))?;
-                Ok(Some(Saved { revision: Revision(revision), value }))
-            }
-        }
+        // Not a transaction: an etcd that is full takes none, not even one that only reads.
+        let found = self.cluster.call(|mut client| {
+            let key = key.clone();
+            async move { client.get(key, None).await }
+        });
+        let found = found.await.map_err(|why| unwritten(why, 0))?;
+        let Some(kv) = found.kvs().first() else { return Ok(None) };
+        let value = unwrap(kv.value()).map_err(|why| StoreError::Corrupt(why.into()))?;
+        Ok(Some(Saved { revision: Revision(kv.mod_revision().unsigned_abs()), value }))
     }
 }
 
