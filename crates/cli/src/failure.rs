@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 
 use reknit_coordinator::ServeError;
+use reknit_coordinator::etcd::EtcdError;
 use reknit_coordinator::store::OpenError;
 use tonic::Code;
 
@@ -109,6 +110,30 @@ pub(crate) fn serve(why: ServeError) -> Failure {
         ServeError::Store(OpenError::Directory { .. }) => {
             (Kind::Failed, "choose a directory that can be written with --store")
         }
+        ServeError::Etcd(why) => match why {
+            EtcdError::Unreachable { .. } => (
+                Kind::Unreachable,
+                "see whether etcd runs there (`etcdctl endpoint status`), and whether it wants etcds://",
+            ),
+            EtcdError::Denied(_) => (
+                Kind::Failed,
+                "give a user that may read and write below the prefix, with --etcd-user and --etcd-password-file",
+            ),
+            EtcdError::Full(_) => (
+                Kind::Failed,
+                "make room in etcd (`etcdctl compact`, `etcdctl defrag`), then `etcdctl alarm disarm`",
+            ),
+            EtcdError::TooOld(_) => (Kind::Failed, "use etcd 3.4 or newer"),
+            EtcdError::Newer { .. } => (
+                Kind::Failed,
+                "use a newer release of reknit, or another prefix (--store etcd://HOST:2379/PREFIX)",
+            ),
+            EtcdError::File { .. } => {
+                (Kind::Usage, "see --etcd-ca, --etcd-cert, --etcd-key and --etcd-password-file")
+            }
+            _ => (Kind::Failed, "etcd's log says more"),
+        },
+        ServeError::Record { .. } => (Kind::Usage, "choose a file that can be written with --record"),
         ServeError::Store(_) | ServeError::Records(_) => {
             (Kind::Failed, "put the file back from a backup, or begin anew with another directory (--store)")
         }
