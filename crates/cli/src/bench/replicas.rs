@@ -86,43 +86,39 @@ impl Replicas {
         self.coordinators[index].signal(signal)
     }
 
-    /// Asks all again and again until `enough` is content with an answer, and says when that came.
-    fn until<T>(
+    /// Asks all again and again until `enough` is content with an answer, and says when that came. Each is asked on its
+    /// own: one that is dead or stopped holds nobody up.
+    fn until<T: Send + 'static>(
         &self,
         what: &str,
-        enough: impl Fn(usize, &v1::ServerStatus) -> Option<T>,
+        enough: impl Fn(usize, &v1::ServerStatus) -> Option<T> + Copy + Send + 'static,
     ) -> Result<(T, Mark)> {
-        let until = Instant::now() + PATIENCE;
         self.runtime.block_on(async {
-            let mut last = Vec::new();
-            while Instant::now() < until {
-                let mut asked = JoinSet::new();
-                for (index, channel) in self.channels.iter().cloned().enumerate() {
-                    asked.spawn(async move {
-                        let mut client = InspectClient::new(channel);
+            let mut asking = JoinSet::new();
+            for (index, channel) in self.channels.iter().cloned().enumerate() {
+                asking.spawn(async move {
+                    let mut client = InspectClient::new(channel);
+                    loop {
                         let answer = client.server(v1::ServerRequest {});
-                        (index, tokio::time::timeout(ANSWER_WITHIN, answer).await)
-                    });
-                }
-                last.clear();
-                // Whoever answers first is heard first: one that is dead or stopped holds nobody up.
-                while let Some(answered) = asked.join_next().await {
-                    let (index, Ok(Ok(answer))) = answered? else { continue };
-                    let (says, at) = (answer.into_inner(), Mark::now());
-                    if let Some(found) = enough(index, &says) {
-                        return Ok((found, at));
+                        if let Ok(Ok(answer)) = tokio::time::timeout(ANSWER_WITHIN, answer).await
+                            && let Some(found) = enough(index, &answer.into_inner())
+                        {
+                            return (found, Mark::now());
+                        }
+                        tokio::time::sleep(ASK_EVERY).await;
                     }
-                    last.push((index, says.role, says.epoch));
-                }
-                tokio::time::sleep(ASK_EVERY).await;
+                });
             }
-            bail!("waited {PATIENCE:?} for {what}; the coordinators say {last:?}")
+            match tokio::time::timeout(PATIENCE, asking.join_next()).await {
+                Ok(Some(found)) => Ok(found?),
+                Ok(None) | Err(_) => bail!("waited {PATIENCE:?} for {what}"),
+            }
         })
     }
 
     /// Who leads, and is newer than this epoch; and when that was known.
     pub(super) fn leader_after(&self, epoch: u64) -> Result<(Leader, Mark)> {
-        let leads = |index, says: &v1::ServerStatus| {
+        let leads = move |index, says: &v1::ServerStatus| {
             let is_new = says.role == "leading" && says.epoch > epoch;
             is_new.then_some(Leader { index, epoch: says.epoch })
         };
@@ -132,7 +128,7 @@ impl Replicas {
     /// Waits until this one says that it does not lead.
     pub(super) fn follows(&self, index: usize) -> Result<()> {
         let follows =
-            |asked, says: &v1::ServerStatus| (asked == index && says.role == "following").then_some(());
+            move |asked, says: &v1::ServerStatus| (asked == index && says.role == "following").then_some(());
         self.until("a coordinator to follow", follows).map(drop)
     }
 
