@@ -50,6 +50,8 @@ pub enum Act {
         revision: u64,
         /// The record.
         value: Value,
+        /// The leader that reads it, zero if that is not written down.
+        epoch: u64,
     },
 }
 
@@ -129,6 +131,8 @@ enum Event {
     Load {
         id: u64,
         job: String,
+        #[serde(default)]
+        epoch: u64,
     },
     Loaded {
         id: u64,
@@ -156,8 +160,9 @@ struct Asked {
     at_us: u64,
     pid: u32,
     job: String,
-    /// Nothing for a load.
-    save: Option<(u64, Value, u64, u64)>,
+    epoch: u64,
+    /// What is expected, the record and its generation; nothing for a load.
+    save: Option<(u64, Value, u64)>,
 }
 
 impl History {
@@ -206,15 +211,15 @@ impl History {
         pid: u32,
         event: Event,
     ) -> Result<(), String> {
-        let mut ask = |id, job, save| {
-            let twice = open.insert((pid, id), Asked { at_us, pid, job, save }).is_some();
+        let mut ask = |id, job, epoch, save| {
+            let twice = open.insert((pid, id), Asked { at_us, pid, job, epoch, save }).is_some();
             if twice { Err(format!("the id {id} is in use")) } else { Ok(()) }
         };
         match event {
             Event::Save { id, job, expected, value, generation, epoch } => {
-                ask(id, job, Some((expected.unwrap_or(0), value, generation, epoch)))?;
+                ask(id, job, epoch, Some((expected.unwrap_or(0), value, generation)))?;
             }
-            Event::Load { id, job } => ask(id, job, None)?,
+            Event::Load { id, job, epoch } => ask(id, job, epoch, None)?,
             Event::Saved { id, revision } => {
                 let asked = open.remove(&(pid, id)).ok_or("nothing was asked")?;
                 self.saved(asked, Some(at_us), Outcome::Saved(revision))?;
@@ -230,12 +235,13 @@ impl History {
                 }
             }
             Event::Loaded { id, revision, value } => {
-                let Asked { at_us: called_us, pid, job, save: None } =
+                let Asked { at_us: called_us, pid, job, epoch, save: None } =
                     open.remove(&(pid, id)).ok_or("nothing was asked")?
                 else {
                     return Err("a save was asked".to_owned());
                 };
-                let act = Act::Load { revision: revision.unwrap_or(0), value: value.unwrap_or_default() };
+                let (revision, value) = (revision.unwrap_or(0), value.unwrap_or_default());
+                let act = Act::Load { revision, value, epoch };
                 self.operations.push(Operation { job, pid, called_us, returned_us: Some(at_us), act });
             }
             Event::Tell { job, member, kind, generation, revision, epoch } => {
@@ -247,7 +253,7 @@ impl History {
     }
 
     fn saved(&mut self, asked: Asked, returned_us: Option<u64>, outcome: Outcome) -> Result<(), String> {
-        let Asked { at_us, pid, job, save: Some((expected, value, generation, epoch)) } = asked else {
+        let Asked { at_us, pid, job, epoch, save: Some((expected, value, generation)) } = asked else {
             return Err("a load was asked".to_owned());
         };
         let act = Act::Save { expected, value, generation, epoch, outcome };
@@ -326,7 +332,7 @@ mod tests {
     #[test]
     fn lines_become_operations_with_their_outcomes() {
         let text = r#"
-{"at_us":10,"pid":1,"op":"load","id":1,"job":"j"}
+{"at_us":10,"pid":1,"op":"load","id":1,"job":"j","epoch":3}
 {"at_us":11,"pid":1,"op":"loaded","id":1,"revision":0,"value":""}
 {"at_us":20,"pid":1,"op":"save","id":2,"job":"j","expected":0,"value":"aa","generation":1,"epoch":3}
 {"at_us":25,"pid":1,"op":"saved","id":2,"revision":7}
@@ -357,7 +363,7 @@ mod tests {
         assert_eq!(
             history.operations,
             [
-                operation(10, Some(11), Act::Load { revision: 0, value: String::new() }),
+                operation(10, Some(11), Act::Load { revision: 0, value: String::new(), epoch: 3 }),
                 operation(20, Some(25), save("aa", 0, 1, Outcome::Saved(7))),
                 operation(30, Some(31), save("bb", 6, 2, Outcome::Conflict)),
                 operation(32, Some(33), save("cc", 7, 2, Outcome::NotLeader)),

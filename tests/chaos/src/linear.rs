@@ -1,11 +1,12 @@
 //! Whether a history of one job's record could have come from one register: from a store that does one thing after the
 //! other, each at some instant between its call and its answer.
 //!
-//! The register holds a revision, a value, and the greatest epoch that has written it. It takes a save only if the
-//! revision is the expected one and no later leader has written; each save gives it a greater revision. A save whose
-//! outcome nobody knows may have been taken at any instant after its call, or never. One that is said to be refused may
-//! have been taken all the same before the answer: it was sent again, because the first answer did not come, and what
-//! refused it the second time was its own success. After that answer it is not taken any more.
+//! The register holds a revision, a value, and the greatest epoch that has written or read it: who reads as a leader
+//! leads, and nobody before it can write any more. It takes a save only if the revision is the expected one and no later
+//! leader was there; each save gives it a greater revision. A save whose outcome nobody knows may have been taken at any
+//! instant after its call, or never. One that is said to be refused may have been taken all the same before the answer:
+//! it was sent again, because the first answer did not come, and what refused it the second time was its own success.
+//! After that answer it is not taken any more.
 //!
 //! The search is that of Wing and Gong (1993) with Lowe's memory of configurations (2017): take any operation that
 //! began before the first answer that is still missing, see whether the register allows it, go on; step back when stuck;
@@ -73,7 +74,7 @@ impl Revision {
 struct Register<'a> {
     revision: Revision,
     value: &'a str,
-    /// The greatest that has written.
+    /// The greatest that has written or read.
     epoch: u64,
 }
 
@@ -97,9 +98,10 @@ impl<'a> Register<'a> {
                 };
                 [is_refused.then_some(self), taken]
             }
-            Act::Load { revision, value } => {
+            Act::Load { revision, value, epoch } => {
                 let is_so = self.revision.may_be(*revision) && self.value == value;
-                [is_so.then_some(Register { revision: Revision::Is(*revision), ..self }), None]
+                let (revision, epoch) = (Revision::Is(*revision), self.epoch.max(*epoch));
+                [is_so.then_some(Register { revision, epoch, ..self }), None]
             }
         }
     }

@@ -29,7 +29,7 @@ fn known(operations: &[Operation]) -> BTreeMap<u64, Known> {
                 (*revision, *generation, *epoch)
             }
             Act::Save { .. } => continue,
-            Act::Load { revision, value } => match by_value.get(value.as_str()) {
+            Act::Load { revision, value, .. } => match by_value.get(value.as_str()) {
                 Some((generation, epoch)) => (*revision, *generation, *epoch),
                 None => continue,
             },
@@ -127,7 +127,7 @@ mod tests {
     }
 
     fn load(at_us: u64, revision: u64, generation: u64) -> Operation {
-        let act = Act::Load { revision, value: format!("g{generation}") };
+        let act = Act::Load { revision, value: format!("g{generation}"), epoch: 0 };
         Operation { job: "j".to_owned(), pid: 2, called_us: at_us, returned_us: Some(at_us + 5), act }
     }
 

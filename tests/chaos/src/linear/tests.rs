@@ -40,7 +40,7 @@ fn save(
 }
 
 fn loaded(times: (u64, u64), revision: u64, value: &str) -> Operation {
-    operation(times.0, Some(times.1), Act::Load { revision, value: value.to_owned() })
+    operation(times.0, Some(times.1), Act::Load { revision, value: value.to_owned(), epoch: 0 })
 }
 
 fn is_of_a_register(operations: &[Operation]) -> bool {
@@ -121,6 +121,14 @@ fn a_save_after_the_loss_of_leadership_is_seen() {
     ]));
     // At the same time, but nothing can be put before what the later leader did.
     assert!(!is_of_a_register(&[saved_by(9, (1, 5), 0, "a", 10), saved_by(5, (2, 6), 10, "b", 12)]));
+}
+
+#[test]
+fn a_save_after_a_later_leader_has_read_is_seen() {
+    let read = |epoch| operation(3, Some(4), Act::Load { revision: 10, value: "a".to_owned(), epoch });
+    let history = |read| [saved_by(5, (1, 2), 0, "a", 10), read, saved_by(5, (5, 6), 10, "b", 12)];
+    assert!(is_of_a_register(&history(read(5))));
+    assert!(!is_of_a_register(&history(read(9))));
 }
 
 #[test]
