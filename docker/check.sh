@@ -63,7 +63,7 @@ trap 'rm -rf "$made"' EXIT
 cat >"$made/reknit" <<'STAND_IN'
 #!/bin/sh
 case $1 in
-certs) for f in ca.pem ca-key.pem server.pem server-key.pem client.pem client-key.pem; do echo "$f" >"$2/$f"; done ;;
+certs) for f in ca.pem ca.key coordinator.pem coordinator.key client.pem client.key; do echo "$f" >"$2/$f"; done ;;
 token)
     case $2 in --operator) who=@operator ;; *) who=$2 ;; esac
     echo "a token"

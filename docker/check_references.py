@@ -10,7 +10,7 @@ import yaml
 
 HERE = Path(__file__).parent
 # Not made here: README.md says how, or whose they are.
-OTHERS_SECRETS = {"reknit-etcd": {"ca.pem", "client.pem", "client-key.pem"}}
+OTHERS_SECRETS = {"reknit-etcd": {"ca.pem", "client.pem", "client.key"}}
 OTHERS_LABELS = [{"app.kubernetes.io/name": "etcd"}]
 
 wrong: list[str] = []

@@ -3,9 +3,9 @@
 #
 #     setup.sh DIR JOB HOST...
 #
-#     DIR/coordinator/  ca.pem server.pem server-key.pem  tokens        what a coordinator proves and asks for
-#                       client.pem client-key.pem  token                an operator's, for its health check
-#     DIR/worker/       ca.pem client.pem client-key.pem  token         what a worker of JOB needs
+#     DIR/coordinator/  ca.pem coordinator.pem coordinator.key  tokens        what a coordinator proves and asks for
+#                       client.pem client.key  token                an operator's, for its health check
+#     DIR/worker/       ca.pem client.pem client.key  token         what a worker of JOB needs
 #
 # HOST is every name by which a coordinator is reached. What is there already stays: to renew it, delete DIR. The CA's own
 # key is thrown away. REKNIT names the program; it runs in the image as well as on a machine.
@@ -40,10 +40,10 @@ token operator-token --operator
 
 mkdir -p "$dir/coordinator" "$dir/worker"
 for to in coordinator worker; do
-    cp "$made/ca.pem" "$made/client.pem" "$made/client-key.pem" "$dir/$to/"
+    cp "$made/ca.pem" "$made/client.pem" "$made/client.key" "$dir/$to/"
 done
 cp "$made/worker-token" "$dir/worker/token"
-cp "$made/server.pem" "$made/server-key.pem" "$dir/coordinator/"
+cp "$made/coordinator.pem" "$made/coordinator.key" "$dir/coordinator/"
 cp "$made/operator-token" "$dir/coordinator/token"
 # Last: it is what says that all is there.
 cp "$made/tokens" "$dir/coordinator/tokens"

@@ -124,7 +124,7 @@ for n in 1 2 3; do
     address=127.0.0.1:$(port $((n + 5)))
     start "coordinator-$n" "$bin/reknit" serve --listen "$address" --advertise "https://$address" \
         --store "etcd://$stores/reknit" --announce \
-        --tls-cert "$coordinator/server.pem" --tls-key "$coordinator/server-key.pem" \
+        --tls-cert "$coordinator/coordinator.pem" --tls-key "$coordinator/coordinator.key" \
         --tls-client-ca "$coordinator/ca.pem" --tokens "$coordinator/tokens"
     within 30 "coordinator-$n listens" listens "$(port $((n + 5)))"
 done
@@ -133,14 +133,14 @@ export REKNIT_COORDINATOR=$coordinators
 for n in 1 2 3 4; do
     address=127.0.0.1:$(port $((n + 8)))
     start "worker-$n" env REKNIT_CA="$worker/ca.pem" REKNIT_CERT="$worker/client.pem" \
-        REKNIT_KEY="$worker/client-key.pem" REKNIT_TOKEN_FILE="$worker/token" \
+        REKNIT_KEY="$worker/client.key" REKNIT_TOKEN_FILE="$worker/token" \
         "$bin/reknit-digits" --job "$job" --name "worker-$n" --min 2 --max 4 --listen "$address" \
         --advertise "$address" --steps 1000000 --step-ms 20
 done
 
 # From here on this is the operator.
 export REKNIT_CA=$coordinator/ca.pem REKNIT_CERT=$coordinator/client.pem
-export REKNIT_KEY=$coordinator/client-key.pem REKNIT_TOKEN_FILE=$coordinator/token
+export REKNIT_KEY=$coordinator/client.key REKNIT_TOKEN_FILE=$coordinator/token
 read_status() {
     local text
     text=$(status_json 2>/dev/null) || return 1

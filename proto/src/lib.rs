@@ -40,6 +40,8 @@ pub const LEADER_KEY: &str = "reknit-leader";
 pub mod inspect;
 pub mod record;
 pub mod rendezvous;
+pub mod token;
 mod words;
 
+pub use token::Token;
 pub use words::BadMessage;

@@ -10,7 +10,8 @@ use clap::{Parser, Subcommand};
 /// Keeps distributed training jobs going on machines that come and go
 ///
 /// Exit codes: 0 done · 1 it failed · 2 the command line is wrong · 3 no coordinator answers · 4 there is no such job or
-/// member · 5 the job is not in a state in which this can be done · 6 the port or the store is in use.
+/// member · 5 the job is not in a state in which this can be done · 6 the port or the store is in use · 7 the
+/// coordinator does not allow it: no token, another job's token, or no certificate that it accepts.
 #[derive(Debug, Parser)]
 #[command(name = "reknit", version, arg_required_else_help = true)]
 pub(crate) struct Args {
@@ -27,12 +28,24 @@ pub(crate) struct Connection {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+    /// The certificate (PEM) of the authority that the coordinator's certificate must be of; for https:// addresses
+    #[arg(long, env = "REKNIT_CA", value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+    /// The certificate (PEM) to show to a coordinator that asks for one
+    #[arg(long, env = "REKNIT_CERT", value_name = "FILE")]
+    pub(crate) cert: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(long, env = "REKNIT_KEY", value_name = "FILE")]
+    pub(crate) key: Option<PathBuf>,
+    /// The file that holds the token to show; without it, the one in REKNIT_TOKEN
+    #[arg(long, env = "REKNIT_TOKEN_FILE", value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run a coordinator
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Show it all: a training run on this machine that lives through everything a spot fleet does
     Demo(Demo),
     /// Measure how fast it is on this machine, next to what the machine itself allows
@@ -66,6 +79,15 @@ pub(crate) enum Command {
     Close(Job),
     /// Delete the record of a job that has ended, so that its id can be used again
     Forget(Job),
+    /// Make an authority for tests, and certificates of it for a coordinator and its clients
+    ///
+    /// An authority that is in DIR already is used again. Nothing that exists is written over, unless --renew says so.
+    Certs(Certs),
+    /// Make a token for a job, for some jobs, or for operators
+    ///
+    /// The token goes to standard output, and the line by which the coordinator will know it (`reknit serve --tokens
+    /// FILE`) to standard error: `reknit token digits >digits.token 2>>tokens` puts both where they belong.
+    Token(Token),
     /// Print a completion script for a shell
     Completions(Completions),
 }
@@ -93,7 +115,23 @@ pub(crate) struct Serve {
     /// Which log events are shown, e.g. `debug` or `reknit_coordinator=debug`
     #[arg(long, env = "REKNIT_LOG", default_value = "info")]
     pub(crate) log: String,
-    /// Listen on an address that other machines can reach although there is neither TLS nor a token
+    /// This coordinator's certificate (PEM): connections are encrypted. It is read again when it changes
+    #[arg(long, env = "REKNIT_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(long, env = "REKNIT_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// The authority (PEM) whose certificates clients must show
+    #[arg(long, env = "REKNIT_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_client_ca: Option<PathBuf>,
+    /// The authority (PEM) by which the certificates of other coordinators are checked [default: that for clients]
+    #[arg(long, env = "REKNIT_TLS_CA", value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_ca: Option<PathBuf>,
+    /// The file that lists whose tokens are let in, in lines `JOBS HASH` (see `reknit help token`). It is read again when
+    /// it changes
+    #[arg(long, env = "REKNIT_TOKENS", value_name = "FILE")]
+    pub(crate) tokens: Option<PathBuf>,
+    /// Listen on an address that other machines can reach although TLS or tokens are missing
     #[arg(long)]
     pub(crate) insecure: bool,
     /// Print what the flags and the environment come to, and stop
@@ -231,6 +269,31 @@ pub(crate) struct Resize {
     /// The most ranks
     #[arg(long)]
     pub(crate) max: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Certs {
+    /// The directory
+    pub(crate) dir: PathBuf,
+    /// A name or an IP address by which the coordinator is reached, besides localhost; may be given several times
+    #[arg(long = "host", value_name = "NAME_OR_IP")]
+    pub(crate) hosts: Vec<String>,
+    /// How many days the certificates are valid
+    #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36500))]
+    pub(crate) days: u32,
+    /// Replace the coordinator's and the clients' certificates if they are there
+    #[arg(long)]
+    pub(crate) renew: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Token {
+    /// A job, or the beginning of the names of several and a `*`
+    #[arg(required_unless_present = "operator", conflicts_with = "operator")]
+    pub(crate) jobs: Option<String>,
+    /// For operators: all jobs, and the server itself
+    #[arg(long)]
+    pub(crate) operator: bool,
 }
 
 #[derive(Debug, clap::Args)]

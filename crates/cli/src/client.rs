@@ -1,18 +1,27 @@
 //! Talking to a coordinator: to the one that leads, if there are several.
 
+mod verdict;
+
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use reknit_proto::v1::inspect_client::InspectClient;
 use reknit_proto::v1::operate_client::OperateClient;
 use reknit_proto::{LEADER_KEY, v1};
+use reknit_trainer::Credentials;
+use reknit_trainer::credentials::Authorization;
 use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
-use tonic::transport::{Channel, Endpoint};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 
 use crate::args::Connection;
-use crate::failure::{self, Failure, Kind};
+use crate::failure::{self, Failure};
+
+/// A connection on which each call shows the token, if there is one.
+pub(crate) type Authorized = InterceptedService<Channel, Authorization>;
 
 /// How long one attempt may take, and how long a change of leader is waited for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -26,10 +35,18 @@ impl Connection {
         tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(talk())
     }
 
+    /// What is shown to the coordinator, and what it is checked by: the flags, and REKNIT_TOKEN.
+    fn credentials(&self) -> Result<Credentials, Failure> {
+        let named = |path: &Option<PathBuf>| path.clone().filter(|path| !path.as_os_str().is_empty());
+        let token = Credentials::from_env().map_err(failure::credentials)?.token;
+        let (ca, cert, key) = (named(&self.ca), named(&self.cert), named(&self.key));
+        Ok(Credentials { ca, cert, key, token, token_file: named(&self.token_file) })
+    }
+
     /// Asks the inspect service one question.
     pub(crate) fn inspect<T>(
         &self,
-        ask: impl AsyncFn(InspectClient<Channel>) -> Result<Response<T>, Status>,
+        ask: impl AsyncFn(InspectClient<Authorized>) -> Result<Response<T>, Status>,
     ) -> Result<T, Failure> {
         self.run(async || self.call(async |channel| ask(InspectClient::new(channel)).await).await)
     }
@@ -37,7 +54,7 @@ impl Connection {
     /// Asks the operate service for one thing.
     pub(crate) fn operate<T>(
         &self,
-        ask: impl AsyncFn(OperateClient<Channel>) -> Result<Response<T>, Status>,
+        ask: impl AsyncFn(OperateClient<Authorized>) -> Result<Response<T>, Status>,
     ) -> Result<T, Failure> {
         self.run(async || self.call(async |channel| ask(OperateClient::new(channel)).await).await)
     }
@@ -56,7 +73,7 @@ impl Connection {
     /// cannot be reached.
     pub(crate) async fn call<T>(
         &self,
-        ask: impl AsyncFn(Channel) -> Result<Response<T>, Status>,
+        ask: impl AsyncFn(Authorized) -> Result<Response<T>, Status>,
     ) -> Result<T, Failure> {
         let began = Instant::now();
         loop {
@@ -79,7 +96,7 @@ impl Connection {
             let asking = async {
                 let channel = match self.channel(&coordinator).await {
                     Ok(channel) => channel,
-                    Err(Unreached::Address(failure)) => return Err(failure),
+                    Err(Unreached::Senseless(failure)) => return Err(failure),
                     Err(Unreached::Connection(why)) => return Err(failure::unreachable(&coordinator, why)),
                 };
                 let answer = InspectClient::new(channel).server(v1::ServerRequest {}).await;
@@ -95,7 +112,7 @@ impl Connection {
     }
 
     /// Asks each coordinator once, and whoever they say leads.
-    async fn round<T>(&self, ask: &impl AsyncFn(Channel) -> Result<Response<T>, Status>) -> Round<T> {
+    async fn round<T>(&self, ask: &impl AsyncFn(Authorized) -> Result<Response<T>, Status>) -> Round<T> {
         let mut left: VecDeque<String> = self.coordinators().collect();
         let mut asked = Vec::new();
         let mut last =
@@ -107,7 +124,7 @@ impl Connection {
             asked.push(coordinator.clone());
             let channel = match self.channel(&coordinator).await {
                 Ok(channel) => channel,
-                Err(Unreached::Address(failure)) => return Round::Failed(failure),
+                Err(Unreached::Senseless(failure)) => return Round::Failed(failure),
                 Err(Unreached::Connection(why)) => {
                     last.or(Round::Failed(failure::unreachable(&self.coordinator, why)));
                     continue;
@@ -138,18 +155,20 @@ impl Connection {
         last
     }
 
-    async fn channel(&self, coordinator: &str) -> Result<Channel, Unreached> {
-        let endpoint = Endpoint::from_shared(coordinator.to_owned()).map_err(|why| {
-            let error = anyhow::Error::from(why).context(format!("{coordinator:?} is no address"));
-            Unreached::Address(Failure::new(Kind::Usage, error, "an address looks like http://HOST:PORT"))
-        })?;
+    async fn channel(&self, coordinator: &str) -> Result<Authorized, Unreached> {
+        let senseless = |why| Unreached::Senseless(failure::credentials(why));
+        let credentials = self.credentials().map_err(Unreached::Senseless)?;
+        let authorization = credentials.authorization().map_err(senseless)?;
         // A coordinator that has vanished shows soon, also to who only listens.
-        let endpoint = endpoint
+        let endpoint = credentials
+            .endpoint(coordinator)
+            .map_err(senseless)?
             .connect_timeout(PATIENCE)
             .http2_keep_alive_interval(PATIENCE)
             .keep_alive_timeout(PATIENCE)
             .keep_alive_while_idle(true);
-        endpoint.connect().await.map_err(|why| Unreached::Connection(why.into()))
+        let channel = verdict::connect(&endpoint).await.map_err(Unreached::Connection)?;
+        Ok(InterceptedService::new(channel, authorization))
     }
 }
 
@@ -177,8 +196,8 @@ impl<T> Round<T> {
 
 /// Why there is no connection.
 enum Unreached {
-    /// The address is none.
-    Address(Failure),
+    /// The address, or what is to be shown there, makes no sense.
+    Senseless(Failure),
     /// Nobody answers there.
     Connection(anyhow::Error),
 }

@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use reknit_coordinator::ServeError;
 use reknit_coordinator::etcd::EtcdError;
 use reknit_coordinator::store::OpenError;
+use reknit_coordinator::tokens::TokensError;
+use reknit_trainer::credentials::{CredentialsError, TlsTrouble};
 use tonic::Code;
 
 use crate::print;
@@ -19,6 +21,7 @@ pub(crate) enum Kind {
     NotFound = 4,
     WrongState = 5,
     InUse = 6,
+    NotAllowed = 7,
 }
 
 #[derive(Debug)]
@@ -62,6 +65,9 @@ pub(crate) fn output(why: &std::io::Error) -> Failure {
 
 /// A call that the coordinator answered with an error, or that did not reach it.
 pub(crate) fn call(status: &tonic::Status, coordinator: &str) -> Failure {
+    if let Some(trouble) = TlsTrouble::of(status) {
+        return distrust(trouble, coordinator);
+    }
     let error = anyhow::anyhow!("{}", status.message());
     // What the coordinator says has nothing beneath it; what happened on the way to it has.
     if let Some(why) = std::error::Error::source(status) {
@@ -72,6 +78,11 @@ pub(crate) fn call(status: &tonic::Status, coordinator: &str) -> Failure {
             (Kind::NotFound, "`reknit status` lists the jobs, `reknit status JOB` a job's members")
         }
         Code::FailedPrecondition => (Kind::WrongState, "`reknit status JOB` shows what state it is in"),
+        Code::Unauthenticated => (
+            Kind::NotAllowed,
+            "see --token-file and REKNIT_TOKEN_FILE; `reknit help token` says how tokens are made",
+        ),
+        Code::PermissionDenied => (Kind::NotAllowed, "`reknit status` lists the jobs that this token is for"),
         Code::InvalidArgument => (Kind::Usage, "`reknit help COMMAND` shows what it takes"),
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => {
             (Kind::Failed, "try again in a moment; the coordinator's log says more")
@@ -82,11 +93,27 @@ pub(crate) fn call(status: &tonic::Status, coordinator: &str) -> Failure {
 }
 
 pub(crate) fn unreachable(coordinator: &str, error: anyhow::Error) -> Failure {
+    if let Some(trouble) = TlsTrouble::of(error.as_ref()) {
+        return distrust(trouble, coordinator);
+    }
     let hint = "see whether `reknit serve` runs there and is well, or name another coordinator with --coordinator or \
-                REKNIT_COORDINATOR";
+                REKNIT_COORDINATOR; the address of one that speaks TLS begins with https://, of one that does not \
+                with http://";
     // What lies between says nothing to whoever reads it.
     let error = anyhow::anyhow!("no coordinator answers at {coordinator}: {}", error.root_cause());
     Failure::new(Kind::Unreachable, error, hint)
+}
+
+/// A coordinator that is there, and one of the two does not trust the other.
+fn distrust(trouble: TlsTrouble, coordinator: &str) -> Failure {
+    let kind = if trouble.is_own() { Kind::NotAllowed } else { Kind::Unreachable };
+    Failure::new(kind, anyhow::anyhow!("cannot talk to {coordinator}: {trouble}"), trouble.hint())
+}
+
+/// What is to be shown to a coordinator makes no sense.
+pub(crate) fn credentials(why: CredentialsError) -> Failure {
+    let hint = why.hint();
+    Failure::new(Kind::Usage, why, hint)
 }
 
 fn root<'e>(why: &'e (dyn std::error::Error + 'static)) -> &'e (dyn std::error::Error + 'static) {
@@ -101,8 +128,16 @@ pub(crate) fn serve(why: ServeError) -> Failure {
         }
         ServeError::Listen { .. } => (Kind::Failed, "choose an address of this machine with --listen"),
         ServeError::NotLoopback { .. } => {
-            (Kind::Usage, "listen on 127.0.0.1, or say --insecure if everybody who can reach it may use it")
+            let hint = "give --tls-cert, --tls-key and --tokens (`reknit certs` and `reknit token` make them), listen on \
+                        127.0.0.1, or say --insecure if everybody who can reach it may use it";
+            (Kind::Usage, hint)
         }
+        ServeError::Tls(why) => (Kind::Failed, why.hint()),
+        ServeError::Tokens(TokensError::Unreadable(_)) => (
+            Kind::Failed,
+            "name a file that this user may read with --tokens; `reknit token` makes its lines",
+        ),
+        ServeError::Tokens(_) => (Kind::Failed, "its lines are `JOBS HASH`, as `reknit token` prints them"),
         ServeError::Timing(_) => (Kind::Usage, "choose another --silence"),
         ServeError::Store(OpenError::InUse { .. }) => {
             (Kind::InUse, "stop the other coordinator, or choose another directory with --store")

@@ -7,6 +7,7 @@
 mod act;
 mod args;
 mod bench;
+mod certs;
 mod client;
 mod clock;
 mod demo;
@@ -16,6 +17,7 @@ mod look;
 mod print;
 mod processes;
 mod serve;
+mod token;
 
 use std::process::ExitCode;
 
@@ -41,7 +43,7 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<(), Failure> {
     match args.command {
-        Command::Serve(serve) => serve::serve(serve),
+        Command::Serve(serve) => serve::serve(&serve),
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(bench) => bench::bench(bench),
         Command::Status(status) => look::status(&status),
@@ -57,6 +59,8 @@ fn run(args: Args) -> Result<(), Failure> {
         Command::Save(job) => act::save(&job),
         Command::Close(job) => act::close(&job),
         Command::Forget(job) => act::forget(&job),
+        Command::Certs(certs) => certs::certs(&certs),
+        Command::Token(token) => token::token(&token),
         Command::Completions(shell) => {
             let mut command = Args::command();
             let mut script = Vec::new();

@@ -20,6 +20,10 @@ const REAP_EVERY: Duration = Duration::from_micros(200);
 /// How long a coordinator may take to listen.
 const START_PATIENCE: Duration = Duration::from_secs(20);
 
+/// What would protect a coordinator that is this machine's alone.
+const PROTECTION: [&str; 5] =
+    ["REKNIT_TLS_CERT", "REKNIT_TLS_KEY", "REKNIT_TLS_CLIENT_CA", "REKNIT_TLS_CA", "REKNIT_TOKENS"];
+
 /// The ids of all processes that are there. One is taken out while the lock is held under which it is reaped: an id in
 /// here is nobody else's.
 static LIVE: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
@@ -194,7 +198,11 @@ pub(crate) fn free_address() -> Result<SocketAddr> {
 }
 
 fn serve(make: &Make, listen: SocketAddr) -> Result<(Process, SocketAddr)> {
-    let mut child = Command::new(std::env::current_exe()?)
+    let mut command = Command::new(std::env::current_exe()?);
+    for variable in PROTECTION {
+        command.env_remove(variable);
+    }
+    let mut child = command
         .args(["serve", "--announce", "--listen", &listen.to_string(), "--store"])
         .arg(&make.store)
         .args(&make.more)

@@ -5,7 +5,7 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use reknit_coordinator::config::{Config, Limits, StoreConfig};
+use reknit_coordinator::config::{Config, Limits, StoreConfig, TlsFiles};
 use reknit_coordinator::etcd::{EtcdAddress, EtcdCredentials};
 use reknit_coordinator::server::{Exposure, Server};
 use reknit_coordinator::store::recorded::MonotonicUs;
@@ -19,14 +19,22 @@ use crate::descriptors;
 use crate::failure::{self, Failure, Kind};
 use crate::print;
 
-pub(crate) fn serve(args: Serve) -> Result<(), Failure> {
+pub(crate) fn serve(args: &Serve) -> Result<(), Failure> {
+    let tls = args.tls_cert.clone().zip(args.tls_key.clone()).map(|(cert, key)| TlsFiles {
+        cert,
+        key,
+        client_ca: args.tls_client_ca.clone(),
+        ca: args.tls_ca.clone(),
+    });
     let record = args.record.clone().map(|file| (file, clock::monotonic_us as MonotonicUs));
     let config = Config {
         listen: args.listen,
-        store: store(&args)?,
+        store: store(args)?,
         silence: args.silence,
         limits: Limits::default(),
         record,
+        tls,
+        tokens: args.tokens.clone(),
     };
     if args.print_config {
         return print_config(&config, &args.log, args.json);
@@ -87,7 +95,7 @@ fn store(args: &Serve) -> Result<StoreConfig, Failure> {
                 anyhow::anyhow!("{} is no address under which others reach this coordinator", args.listen);
             return Err(Failure::new(Kind::Usage, error, "name one with --advertise http://HOST:PORT"));
         }
-        None => format!("http://{}", args.listen),
+        None => format!("{}://{}", if args.tls_cert.is_some() { "https" } else { "http" }, args.listen),
     };
     let is_url = advertise.parse::<tonic::codegen::http::Uri>().is_ok_and(|uri| {
         matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some() && uri.port().is_some()
@@ -138,6 +146,7 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
     let timing = config.timing().map_err(|why| failure::serve(why.into()))?;
     let Limits {
         connections,
+        connections_per_peer,
         first_bytes,
         introduction,
         message_bytes,
@@ -147,6 +156,11 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         members,
         listed,
         streams_per_connection,
+        calls_per_second,
+        messages_per_second,
+        messages_burst,
+        resets_pending,
+        resets_local,
     } = config.limits;
     let store = match &config.store {
         StoreConfig::Memory => "memory".to_owned(),
@@ -157,6 +171,8 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         StoreConfig::Etcd { advertise, lease, .. } => (Some(advertise), Some(*lease)),
         StoreConfig::Memory | StoreConfig::Embedded { .. } => (None, None),
     };
+    let path = |path: Option<&PathBuf>| json!(path.map(|path| path.display().to_string()));
+    let tls = |file: fn(&TlsFiles) -> Option<&PathBuf>| path(config.tls.as_ref().and_then(file));
     let ms = |duration: Duration| json!(duration.as_millis() as u64);
     let settings = [
         ("listen", json!(config.listen)),
@@ -164,6 +180,11 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         ("advertise", json!(advertise)),
         ("lease_ms", lease.map_or(json!(null), ms)),
         ("log", json!(log)),
+        ("tls_cert", tls(|files| Some(&files.cert))),
+        ("tls_key", tls(|files| Some(&files.key))),
+        ("tls_client_ca", tls(|files| files.client_ca.as_ref())),
+        ("tls_ca", tls(|files| files.ca.as_ref())),
+        ("tokens", path(config.tokens.as_ref())),
         ("silence_ms", ms(timing.silence)),
         // What follows from it.
         ("settle_ms", ms(timing.settle)),
@@ -177,6 +198,7 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         ("busy_ms", ms(timing.busy)),
         ("retry_ms", ms(timing.retry)),
         ("connections", json!(connections)),
+        ("connections_per_peer", json!(connections_per_peer)),
         ("message_bytes", json!(message_bytes)),
         ("outbound", json!(outbound)),
         ("inbound", json!(inbound)),
@@ -184,6 +206,11 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         ("members", json!(members)),
         ("listed", json!(listed)),
         ("streams_per_connection", json!(streams_per_connection)),
+        ("calls_per_second", json!(calls_per_second)),
+        ("messages_per_second", json!(messages_per_second)),
+        ("messages_burst", json!(messages_burst)),
+        ("resets_pending", json!(resets_pending)),
+        ("resets_local", json!(resets_local)),
         ("first_bytes_ms", ms(first_bytes)),
         ("introduction_ms", ms(introduction)),
     ];
@@ -193,7 +220,11 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     for (name, value) in settings {
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let value = match value {
+            serde_json::Value::String(text) => text,
+            serde_json::Value::Null => "none".to_owned(),
+            value => value.to_string(),
+        };
         print::data(format_args!("{name:<23} {value}"));
     }
     Ok(())

@@ -33,6 +33,19 @@ pub enum StoreConfig {
     },
 }
 
+/// What connections are encrypted with. The files are PEM; they are read again when they change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// This coordinator's certificate, and whatever lies between it and its authority.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// The authority whose certificates clients must show; without it they need none.
+    pub client_ca: Option<PathBuf>,
+    /// The authority by which the certificates of other coordinators are checked; without it, `client_ca`.
+    pub ca: Option<PathBuf>,
+}
+
 /// All that a server can be told.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -46,6 +59,10 @@ pub struct Config {
     pub limits: Limits,
     /// Where saves and tells are written down for a check afterwards, if they are, and by which clock.
     pub record: Option<(PathBuf, MonotonicUs)>,
+    /// What connections are encrypted with, if they are.
+    pub tls: Option<TlsFiles>,
+    /// The file that lists whose tokens are let in; without it nobody needs one. It is read again when it changes.
+    pub tokens: Option<PathBuf>,
 }
 
 /// Limits on everything that a peer controls.
@@ -54,7 +71,9 @@ pub struct Limits {
     /// Open connections. One more is closed at once. By default fewer than `members`, as few processes are given
     /// descriptors for more: a job of that size needs both.
     pub connections: usize,
-    /// How long a connection may take to show that it speaks HTTP/2.
+    /// Open connections of one peer, by its address. By default a job of ten thousand members fits on one machine.
+    pub connections_per_peer: usize,
+    /// How long a connection may take for its TLS handshake, if there is one, and to show that it speaks HTTP/2.
     pub first_bytes: Duration,
     /// How long a stream may take to introduce itself.
     pub introduction: Duration,
@@ -72,12 +91,23 @@ pub struct Limits {
     pub listed: usize,
     /// Streams on one connection.
     pub streams_per_connection: u32,
+    /// Calls on one connection in a second, on average and at once. A member makes one, an operator a few.
+    pub calls_per_second: u32,
+    /// Messages of one member in a second, on average. What it sends beyond that is read later.
+    pub messages_per_second: u32,
+    /// Messages of one member that are read at once, if it has sent few before.
+    pub messages_burst: u32,
+    /// Streams that a peer has opened and reset again before they were looked at; one more ends its connection.
+    pub resets_pending: usize,
+    /// Streams of one connection that this side had to reset; one more ends the connection.
+    pub resets_local: usize,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
             connections: 16_384,
+            connections_per_peer: 12_288,
             first_bytes: Duration::from_secs(5),
             introduction: Duration::from_secs(5),
             message_bytes: 1 << 20,
@@ -87,6 +117,11 @@ impl Default for Limits {
             members: 20_000,
             listed: 1_000,
             streams_per_connection: 64,
+            calls_per_second: 1_000,
+            messages_per_second: 200,
+            messages_burst: 1_000,
+            resets_pending: 20,
+            resets_local: 256,
         }
     }
 }
@@ -109,6 +144,8 @@ impl Default for Config {
             silence: Duration::from_secs(3),
             limits: Limits::default(),
             record: None,
+            tls: None,
+            tokens: None,
         }
     }
 }

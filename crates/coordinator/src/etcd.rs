@@ -7,7 +7,7 @@
 //! ```
 //! A leader writes a job only in a transaction that also compares the create revision of `PREFIX/leader` with its own
 //! epoch: whoever has lost the lease – paused, cut off, or taken for dead – cannot write any more, whatever it believes
-//! (rule D-8). That is what makes it safe to end a leader's lease for it as soon as it looks dead.
+//! (rule D-13). That is what makes it safe to end a leader's lease for it as soon as it looks dead.
 //!
 //! Nothing here trusts a watch or a clock: a watch only says when to look again, and the leader's own clock only makes it
 //! stop sooner than etcd would have it.

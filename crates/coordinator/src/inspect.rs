@@ -12,6 +12,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use crate::access::Identity;
 use crate::job::{Input, JobHandle, Unanswered};
 use crate::jobs::{Jobs, OpenJobError};
 use crate::office::Office;
@@ -56,9 +57,10 @@ pub(crate) fn summary(status: &v1::JobStatus) -> v1::JobSummary {
     }
 }
 
-/// The job of that name, taken up from its record if it is not served at present.
-pub(crate) async fn find(jobs: &Jobs, job: &str) -> Result<JobHandle, Status> {
+/// The job of that name, if it is theirs who ask; taken up from its record if it is not served at present.
+pub(crate) async fn find(jobs: &Jobs, who: &Identity, job: &str) -> Result<JobHandle, Status> {
     let id = id(job)?;
+    who.check(&id)?;
     match jobs.open(&id, None).await {
         Ok(handle) => Ok(handle),
         Err(OpenJobError::NoSuchJob) => Err(no_such_job(&id)),
@@ -80,10 +82,11 @@ async fn status(handle: &JobHandle, members_max: u32) -> Result<v1::JobStatus, U
 }
 
 impl InspectService {
-    /// Every job, in order. All are asked at once: one that has no time holds up nobody, and is listed without a phase.
-    async fn summaries(&self, jobs: &Jobs) -> Vec<v1::JobSummary> {
+    /// Every job that is theirs who ask, in order. All are asked at once: one that has no time holds up nobody, and is
+    /// listed without a phase.
+    async fn summaries(&self, jobs: &Jobs, who: &Identity) -> Vec<v1::JobSummary> {
         let mut asking = JoinSet::new();
-        for (job, handle) in jobs.all() {
+        for (job, handle) in jobs.all().into_iter().filter(|(job, _)| who.covers(job)) {
             asking.spawn(async move {
                 match status(&handle, 1).await {
                     Ok(status) => Some(summary(&status)),
@@ -108,49 +111,64 @@ const WATCH_EVERY_MAX: Duration = Duration::from_secs(1);
 
 #[tonic::async_trait]
 impl Inspect for InspectService {
-    async fn server(&self, _: Request<v1::ServerRequest>) -> Result<Response<v1::ServerStatus>, Status> {
+    async fn server(
+        &self,
+        request: Request<v1::ServerRequest>,
+    ) -> Result<Response<v1::ServerStatus>, Status> {
         let around = &self.office.around;
+        let who = Identity::of(&request);
         // One that does not lead has none.
         let jobs = self.office.jobs().ok();
         let all = match &jobs {
-            Some(jobs) => self.summaries(jobs).await,
+            Some(jobs) => self.summaries(jobs, &who).await,
             None => Vec::new(),
         };
         let (jobs, members) = (all.len() as u32, all.iter().map(|job| job.members).sum());
-        Ok(Response::new(v1::ServerStatus {
+        let visible = v1::ServerStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             protocol: PROTOCOL,
-            store: around.store.describe(),
             uptime_ms: u64::try_from(around.clock.uptime().as_millis()).unwrap_or(u64::MAX),
             jobs,
             members,
-            received: around.counters.all_received().into_iter().collect(),
-            sent: around.counters.all_sent(),
-            saves: around.counters.all_saves(),
             role: if self.office.epoch().is_some() { "leading" } else { "following" }.to_owned(),
             leader: self.office.leader().unwrap_or_default(),
             epoch: self.office.epoch().unwrap_or_default().0,
+            ..v1::ServerStatus::default()
+        };
+        if !who.operates_server() {
+            return Ok(Response::new(visible));
+        }
+        Ok(Response::new(v1::ServerStatus {
+            store: around.store.describe(),
+            received: around.counters.all_received().into_iter().collect(),
+            sent: around.counters.all_sent(),
+            saves: around.counters.all_saves(),
             store_transactions: around.store.transactions(),
+            ..visible
         }))
     }
 
-    async fn jobs(&self, _: Request<v1::JobsRequest>) -> Result<Response<v1::JobsReply>, Status> {
+    async fn jobs(&self, request: Request<v1::JobsRequest>) -> Result<Response<v1::JobsReply>, Status> {
+        let who = Identity::of(&request);
         match self.office.jobs() {
             Ok(jobs) => {
-                Ok(Response::new(v1::JobsReply { jobs: self.summaries(&jobs).await, saved_age_us: None }))
+                let jobs = self.summaries(&jobs, &who).await;
+                Ok(Response::new(v1::JobsReply { jobs, saved_age_us: None }))
             }
-            Err(_) => self.as_saved(self.records.summaries(&self.office.around).await),
+            Err(_) => self.as_saved(self.records.summaries(&self.office.around, &who).await),
         }
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::JobStatus>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
         let Ok(jobs) = self.office.jobs() else {
             let job = id(&request.job)?;
+            who.check(&job)?;
             let status = self.records.status(&self.office.around, &job, request.members_max).await;
             return self.as_saved(status);
         };
-        let handle = find(&jobs, &request.job).await?;
+        let handle = find(&jobs, &who, &request.job).await?;
         Ok(Response::new(status(&handle, request.members_max).await.map_err(unanswered)?))
     }
 
@@ -160,8 +178,9 @@ impl Inspect for InspectService {
         &self,
         request: Request<v1::StatusRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
-        let handle = find(&self.office.jobs()?, &request.job).await?;
+        let handle = find(&self.office.jobs()?, &who, &request.job).await?;
         // One status waits at the most: a slow reader sees fewer, newer ones.
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
@@ -193,12 +212,14 @@ impl Inspect for InspectService {
         &self,
         request: Request<v1::HistoryRequest>,
     ) -> Result<Response<v1::HistoryReply>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
         let Ok(jobs) = self.office.jobs() else {
             let job = id(&request.job)?;
+            who.check(&job)?;
             return self.as_saved(self.records.history(&self.office.around, &job).await);
         };
-        let handle = find(&jobs, &request.job).await?;
+        let handle = find(&jobs, &who, &request.job).await?;
         let changes = handle.ask(|answer| Input::History { answer }).await.map_err(unanswered)?;
         let changes = changes.iter().map(inspect::from_change).collect();
         Ok(Response::new(v1::HistoryReply { changes, saved_age_us: None }))

@@ -14,7 +14,8 @@
 //! # Reading order
 //! [`config`] what can be set · [`clock`] · [`store`] where records live · `job` the task that owns one job · `jobs` the
 //! table of them · `rendezvous`, `inspect`, `operate` the services · `listen` connections before they are HTTP ·
-//! [`server`] putting it together.
+//! [`tls`] their certificates · [`tokens`] whose tokens are let in · `access` who asks, and what they may touch · `rate`
+//! how often · `reload` files that are replaced meanwhile · [`server`] putting it together.
 //!
 //! # Invariants
 //! | rule | what is always true |
@@ -26,10 +27,16 @@
 //! | D-5 | The server is not on a step's path: members send nothing per step (see `counters`). |
 //! | D-6 | The coordinator never dials a member. |
 //! | D-7 | Whatever a peer can open, send or keep waiting has a limit in [`config::Limits`], and what is beyond it is told so. |
-//! | D-8 | A coordinator that does not hold the leader's key changes nothing: every write to a shared store compares it. |
+//! | D-8 | Who may touch a job is decided by the token shown, before it is looked whether there is such a job: to everybody else it does not exist. |
+//! | D-9 | A token is kept as a hash, compared in constant time, and appears in no log, no error and no file of this server's. |
+//! | D-10 | Files that are replaced while the server runs count for what comes after; what makes no sense is logged and changes nothing. |
+//! | D-11 | With TLS, nothing is answered in the clear; with an authority for clients, nobody is heard without a certificate of it. |
+//! | D-12 | Without both TLS and tokens a server listens on loopback only, unless it is told `--insecure`. |
+//! | D-13 | A coordinator that does not hold the leader's key changes nothing: every write to a shared store compares it. |
 
 #![forbid(unsafe_code)]
 
+mod access;
 pub mod clock;
 pub mod config;
 pub mod counters;
@@ -40,12 +47,15 @@ mod jobs;
 mod listen;
 mod office;
 mod operate;
-mod peers;
+mod rate;
 mod records;
+pub mod reload;
 mod rendezvous;
 pub mod secret;
 pub mod server;
 pub mod store;
+pub mod tls;
+pub mod tokens;
 
 pub use config::{Config, Limits};
 pub use server::{ServeError, Server};

@@ -17,9 +17,9 @@ use crate::etcd::election::{Candidate, Leader, Lost, Reign};
 use crate::etcd::link::{Fate, follow};
 use crate::job::{Surroundings, source_text};
 use crate::jobs::Jobs;
-use crate::peers::Peers;
 use crate::store::recorded::{Recorded, Recorder};
 use crate::store::{Epoch, Etcd, Store};
+use crate::tls::Peers;
 
 /// What this server is at present.
 #[derive(Clone)]

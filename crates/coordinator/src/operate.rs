@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use reknit_membership::MemberName;
 use reknit_membership::event::{Answer, Operation};
-use reknit_membership::{JobId, MemberName};
 use reknit_proto::v1;
 use reknit_proto::v1::operate_server::Operate;
 use tonic::{Request, Response, Status};
 
+use crate::access::Identity;
 use crate::inspect::{find, unanswered};
 use crate::job::Input;
 use crate::office::Office;
@@ -21,8 +22,13 @@ impl OperateService {
         OperateService { office }
     }
 
-    async fn operate(&self, job: &str, operation: Operation) -> Result<Response<v1::OperateReply>, Status> {
-        let handle = find(&self.office.jobs()?, job).await?;
+    async fn operate(
+        &self,
+        who: &Identity,
+        job: &str,
+        operation: Operation,
+    ) -> Result<Response<v1::OperateReply>, Status> {
+        let handle = find(&self.office.jobs()?, who, job).await?;
         let answer = handle.ask(|answer| Input::Operate { operation, answer }).await.map_err(unanswered)?;
         answered(answer)
     }
@@ -49,52 +55,59 @@ fn member(name: &str) -> Result<MemberName, Status> {
 #[tonic::async_trait]
 impl Operate for OperateService {
     async fn drain(&self, request: Request<v1::MemberRequest>) -> Result<Response<v1::OperateReply>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
-        self.operate(&request.job, Operation::Drain { name: member(&request.member)? }).await
+        self.operate(&who, &request.job, Operation::Drain { name: member(&request.member)? }).await
     }
 
     async fn undrain(
         &self,
         request: Request<v1::MemberRequest>,
     ) -> Result<Response<v1::OperateReply>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
-        self.operate(&request.job, Operation::Undrain { name: member(&request.member)? }).await
+        self.operate(&who, &request.job, Operation::Undrain { name: member(&request.member)? }).await
     }
 
     async fn evict(&self, request: Request<v1::MemberRequest>) -> Result<Response<v1::OperateReply>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
-        self.operate(&request.job, Operation::Evict { name: member(&request.member)? }).await
+        self.operate(&who, &request.job, Operation::Evict { name: member(&request.member)? }).await
     }
 
     async fn notice(
         &self,
         request: Request<v1::NoticeRequest>,
     ) -> Result<Response<v1::OperateReply>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
         let deadline = self.office.around.clock.now().after(Duration::from_millis(request.left_ms));
-        self.operate(&request.job, Operation::Notice { name: member(&request.member)?, deadline }).await
+        self.operate(&who, &request.job, Operation::Notice { name: member(&request.member)?, deadline }).await
     }
 
     async fn resize(
         &self,
         request: Request<v1::ResizeRequest>,
     ) -> Result<Response<v1::OperateReply>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
-        self.operate(&request.job, Operation::Resize { min: request.min, max: request.max }).await
+        self.operate(&who, &request.job, Operation::Resize { min: request.min, max: request.max }).await
     }
 
     async fn save_now(&self, request: Request<v1::JobRequest>) -> Result<Response<v1::OperateReply>, Status> {
-        self.operate(&request.into_inner().job, Operation::SaveNow).await
+        let who = Identity::of(&request);
+        self.operate(&who, &request.into_inner().job, Operation::SaveNow).await
     }
 
     async fn close(&self, request: Request<v1::JobRequest>) -> Result<Response<v1::OperateReply>, Status> {
-        self.operate(&request.into_inner().job, Operation::Close).await
+        let who = Identity::of(&request);
+        self.operate(&who, &request.into_inner().job, Operation::Close).await
     }
 
     async fn forget(&self, request: Request<v1::JobRequest>) -> Result<Response<v1::OperateReply>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
-        let job = JobId::new(&request.job).map_err(|why| Status::invalid_argument(why.to_string()))?;
-        let handle = find(&self.office.jobs()?, job.as_str()).await?;
+        let handle = find(&self.office.jobs()?, &who, &request.job).await?;
         let forgotten = handle
             .ask(|answer| Input::Forget { answer })
             .await

@@ -10,6 +10,7 @@ use reknit_proto::{inspect, v1};
 use tokio::time::Instant;
 use tonic::Status;
 
+use crate::access::Identity;
 use crate::inspect::no_such_job;
 use crate::job::{Surroundings, source_text};
 use crate::store::StoreError;
@@ -86,8 +87,12 @@ impl Records {
         Ok(v1::HistoryReply { changes, saved_age_us: Some(micros(age)) })
     }
 
-    /// Every job that is saved, and the age of the oldest one that is shown.
-    pub(crate) async fn summaries(&self, around: &Surroundings) -> Result<v1::JobsReply, Status> {
+    /// Every saved job that is theirs who ask, and the age of the oldest one that is shown.
+    pub(crate) async fn summaries(
+        &self,
+        around: &Surroundings,
+        who: &Identity,
+    ) -> Result<v1::JobsReply, Status> {
         let listing = tokio::time::timeout(PATIENCE, around.store.jobs());
         let listed = match listing.await {
             Ok(Ok(jobs)) => jobs,
@@ -98,7 +103,7 @@ impl Records {
         };
         let mut jobs = Vec::new();
         let mut oldest = Duration::ZERO;
-        for job in listed.iter().take(around.limits.jobs) {
+        for job in listed.iter().filter(|job| who.covers(job)).take(around.limits.jobs) {
             let Ok((record, age)) = self.read(around, job).await else { continue };
             oldest = oldest.max(age);
             let restored = Job::restore(record, around.timing, around.limits.members, around.clock.now());

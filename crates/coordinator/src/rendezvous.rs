@@ -4,6 +4,7 @@ use std::future::Future as _;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use reknit_membership::event::Message;
 use reknit_membership::reason::Refusal;
@@ -16,10 +17,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use crate::access::Identity;
 use crate::inspect::{find, unanswered};
 use crate::job::{ConnectionId, Input, JobHandle, Outbound, source_text};
 use crate::jobs::{Jobs, OpenJobError};
 use crate::office::Office;
+use crate::rate::Allowance;
 
 pub(crate) struct RendezvousService {
     office: Office,
@@ -72,10 +75,12 @@ impl Rendezvous for RendezvousService {
         &self,
         request: Request<Streaming<v1::MemberMessage>>,
     ) -> Result<Response<Self::AttendStream>, Status> {
+        let who = Identity::of(&request);
         // Whoever asks the wrong coordinator hears so before it has said a word.
         let jobs = self.office.jobs()?;
         let mut inbound = request.into_inner();
         let Introduction { job, member, join } = self.introduction(&mut inbound).await?;
+        who.check(&job)?;
         let (sender, receiver) = mpsc::channel(jobs.around.limits.outbound);
         let (told, all_told) = oneshot::channel::<()>();
         let (complain, complaint) = oneshot::channel();
@@ -106,8 +111,9 @@ impl Rendezvous for RendezvousService {
     }
 
     async fn roster(&self, request: Request<v1::RosterRequest>) -> Result<Response<v1::RosterPage>, Status> {
+        let who = Identity::of(&request);
         let request = request.into_inner();
-        let handle = find(&self.office.jobs()?, &request.job).await?;
+        let handle = find(&self.office.jobs()?, &who, &request.job).await?;
         let from = request.from as usize;
         let most = self.office.around.limits.listed;
         let page = handle
@@ -168,6 +174,8 @@ async fn listen(
     mut ends: Ends,
 ) {
     let Speaker { job, member, connection } = from;
+    let limits = jobs.around.limits;
+    let mut pace = Allowance::new(limits.messages_per_second, limits.messages_burst, Instant::now());
     let wrong = loop {
         let message = tokio::select! {
             message = inbound.message() => match message {
@@ -178,6 +186,11 @@ async fn listen(
             },
             _ = &mut ends.all_told => break None,
         };
+        // Who sends too much is read more slowly: what waits then waits on its own side.
+        let pause = pace.take(Instant::now());
+        if !pause.is_zero() {
+            tokio::time::sleep(pause).await;
+        }
         let event = match rendezvous::event(member, message, jobs.around.clock.now()) {
             Ok(event) => event,
             Err(why) => break Some(why.to_string()),
@@ -188,7 +201,7 @@ async fn listen(
     };
     if let Some(why) = wrong {
         tracing::warn!(%job, %member, error = why, "a member sent what is no message; its stream ends");
-        let limit = jobs.around.limits.message_bytes;
+        let limit = limits.message_bytes;
         let text = format!("this is no message ({why}); one may have up to {limit} bytes");
         // It may have hung up.
         let _ = ends.complain.send(Status::invalid_argument(text));

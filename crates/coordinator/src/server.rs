@@ -13,21 +13,26 @@ use reknit_proto::v1::rendezvous_server::RendezvousServer;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::server::NamedService;
+use tonic::service::interceptor::InterceptedService;
 use tonic_health::ServingStatus;
 
+use crate::access::Guard;
 use crate::config::{Config, StoreConfig};
 use crate::etcd::EtcdError;
 use crate::etcd::cluster::Cluster;
 use crate::inspect::InspectService;
 use crate::job::{Surroundings, source_text};
 use crate::jobs::Jobs;
-use crate::listen::connections;
+use crate::listen::{Acceptance, connections};
 use crate::office::{Election, Office};
 use crate::operate::OperateService;
-use crate::peers::Peers;
+use crate::reload::watched;
 use crate::rendezvous::RendezvousService;
 use crate::store::recorded::{Recorded, Recorder};
 use crate::store::{Embedded, Epoch, Etcd, Memory, OpenError, Store};
+use crate::tls::Peers;
+use crate::tls::{self, TlsError};
+use crate::tokens::{Tokens, TokensError};
 
 /// Why a server cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -48,11 +53,19 @@ pub enum ServeError {
         source: std::io::Error,
     },
     /// The address is reachable from other machines, and nothing keeps strangers out.
-    #[error("{listen} is reachable from other machines, and this release has neither TLS nor tokens")]
+    #[error("{listen} is reachable from other machines, and this coordinator has no {missing}")]
     NotLoopback {
         /// Where it was to listen.
         listen: SocketAddr,
+        /// What it would need.
+        missing: &'static str,
     },
+    /// The certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The list of tokens cannot be used.
+    #[error(transparent)]
+    Tokens(#[from] TokensError),
     /// The silence that members are allowed is out of range.
     #[error(transparent)]
     Timing(#[from] BadTiming),
@@ -84,7 +97,8 @@ pub struct Server {
     listener: TcpListener,
     rule: Rule,
     office: Office,
-    silence: Duration,
+    acceptance: Acceptance,
+    guard: Guard,
 }
 
 /// By what right a server leads.
@@ -111,7 +125,7 @@ impl Rule {
 /// Whether an address that other machines can reach is acceptable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exposure {
-    /// Loopback only.
+    /// Only with both TLS and tokens; without them loopback only.
     Loopback,
     /// Whatever was asked for: the user said so.
     Insecure,
@@ -125,9 +139,8 @@ impl Server {
     pub async fn bind(config: Config, exposure: Exposure) -> Result<Server, ServeError> {
         let timing = config.timing()?;
         let listen = config.listen;
-        if exposure == Exposure::Loopback && !listen.ip().is_loopback() {
-            return Err(ServeError::NotLoopback { listen });
-        }
+        check_exposure(&config, exposure)?;
+        let (acceptance, guard) = protection(&config)?;
         let listener = TcpListener::bind(listen).await.map_err(|source| match source.kind() {
             std::io::ErrorKind::AddrInUse => ServeError::PortInUse { listen },
             _ => ServeError::Listen { listen, source },
@@ -152,10 +165,11 @@ impl Server {
                 cluster.open().await?;
                 let around = around(Arc::new(Etcd::new(Arc::clone(&cluster), None)));
                 tracing::info!(%address, store = around.store.describe(), url = advertise, "listening");
+                let peers = Peers::new(config.tls);
                 let (election, office) =
-                    Election::new(cluster, advertise, lease, around, recorder.clone(), Peers::default());
+                    Election::new(cluster, advertise, lease, around, recorder.clone(), peers);
                 let rule = Rule::Elected(election);
-                return Ok(Server { address, listener, rule, office, silence: config.silence });
+                return Ok(Server { address, listener, rule, office, acceptance, guard });
             }
         };
         let store = match &recorder {
@@ -169,7 +183,7 @@ impl Server {
         let known = jobs.load_all().await.map_err(|why| ServeError::Records(source_text(&why)))?;
         tracing::info!(%address, store = jobs.around.store.describe(), jobs = known, "listening");
         let office = Office::for_good(jobs.clone());
-        Ok(Server { address, listener, rule: Rule::Alone(jobs), office, silence: config.silence })
+        Ok(Server { address, listener, rule: Rule::Alone(jobs), office, acceptance, guard })
     }
 
     /// Where it listens.
@@ -198,10 +212,13 @@ impl Server {
 
         let rendezvous = RendezvousServer::new(RendezvousService::new(self.office.clone()))
             .max_decoding_message_size(limits.message_bytes);
+        let rendezvous = InterceptedService::new(rendezvous, self.guard.clone());
         let inspect = InspectServer::new(InspectService::new(self.office.clone()))
             .max_decoding_message_size(limits.message_bytes);
+        let inspect = InterceptedService::new(inspect, self.guard.clone());
         let operate = OperateServer::new(OperateService::new(self.office.clone()))
             .max_decoding_message_size(limits.message_bytes);
+        let operate = InterceptedService::new(operate, self.guard);
 
         let (end, ending) = oneshot::channel();
         let ruling = tokio::spawn(self.rule.run(ending));
@@ -223,6 +240,8 @@ impl Server {
             .timeout(ANSWER_PATIENCE)
             .max_concurrent_streams(limits.streams_per_connection)
             .http2_max_header_list_size(16 * 1024)
+            .http2_max_pending_accept_reset_streams(Some(limits.resets_pending))
+            .http2_max_local_error_reset_streams(Some(limits.resets_local))
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE))
             .add_service(health_service)
@@ -230,7 +249,7 @@ impl Server {
             .add_service(rendezvous)
             .add_service(inspect)
             .add_service(operate)
-            .serve_with_incoming_shutdown(connections(self.listener, limits, self.silence), stopped);
+            .serve_with_incoming_shutdown(connections(self.listener, self.acceptance), stopped);
         let patience_ends = async move {
             match ended.await {
                 Ok(()) => tokio::time::sleep(FAREWELL).await,
@@ -245,6 +264,31 @@ impl Server {
             }
         }
     }
+}
+
+/// Whether a server with these settings may listen where it is to.
+fn check_exposure(config: &Config, exposure: Exposure) -> Result<(), ServeError> {
+    let listen = config.listen;
+    if exposure == Exposure::Insecure || listen.ip().is_loopback() {
+        return Ok(());
+    }
+    let missing = match (&config.tls, &config.tokens) {
+        (Some(_), Some(_)) => return Ok(()),
+        (None, None) => "TLS and no tokens",
+        (None, Some(_)) => "TLS",
+        (Some(_), None) => "tokens",
+    };
+    Err(ServeError::NotLoopback { listen, missing })
+}
+
+/// What keeps strangers out, as the files have it now and whenever they change.
+fn protection(config: &Config) -> Result<(Acceptance, Guard), ServeError> {
+    let tls = config.tls.as_ref().map(tls::serving).transpose()?;
+    let listed = |path: PathBuf| {
+        watched("tokens", vec![path.clone()], move |contents| Tokens::parse(&path, &contents[0]))
+    };
+    let tokens = config.tokens.clone().map(listed).transpose()?;
+    Ok((Acceptance { limits: config.limits, silence: config.silence, tls }, Guard::new(tokens)))
 }
 
 /// How long a call may take to be answered, or a stream to begin.

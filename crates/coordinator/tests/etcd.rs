@@ -4,6 +4,7 @@
 //! REKNIT_NEED_ETCD is set.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
+#![allow(clippy::print_stderr, reason = "a test that is passed over says so")]
 
 use std::io::Read as _;
 use std::net::{SocketAddr, TcpListener};
@@ -173,7 +174,7 @@ async fn a_save_whose_answer_was_lost_on_the_way_is_found_by_reading_and_not_mad
 }
 
 #[tokio::test]
-async fn d8_a_coordinator_that_has_lost_its_lease_changes_nothing() {
+async fn d13_a_coordinator_that_has_lost_its_lease_changes_nothing() {
     let Some(etcd) = Real::start(&[]).await else { return };
     let short = Duration::from_secs(1);
     let old = Etcd::lead(etcd.address(), EtcdCredentials::default(), short).await.unwrap();

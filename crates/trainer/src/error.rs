@@ -54,8 +54,8 @@ pub enum TrainError {
     /// The coordinator does not let this worker in, or not any more.
     #[error("the coordinator refuses this worker: {0}")]
     Refused(Box<Refusal>),
-    /// The coordinator cannot be talked to.
-    #[error("the coordinator rejects this worker: {0}")]
+    /// The coordinator cannot be talked to: it does not let this worker in, or one of the two does not trust the other.
+    #[error("this worker and the coordinator do not come together: {0}")]
     Rejected(String),
     /// Workers of one job called different collectives in the same step: a mistake in the program.
     #[error("workers do not do the same in this step: {0}")]

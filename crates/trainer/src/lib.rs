@@ -64,6 +64,20 @@
 //! }
 //! ```
 //!
+//! # A coordinator that asks who you are
+//! Where coordinators speak TLS and ask for tokens, say what to show and what to check them by:
+//!
+//! ```no_run
+//! # use reknit_trainer::{Credentials, DataOrder, Options};
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let order = DataOrder { dataset: 1000, global_batch: 50, seed: 1 };
+//! // REKNIT_CA, REKNIT_CERT, REKNIT_KEY, REKNIT_TOKEN_FILE or REKNIT_TOKEN, as far as they are set.
+//! let credentials = Credentials::from_env()?;
+//! let options = Options::new("https://coordinator:7070", "line", order)?.credentials(credentials);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # What it promises
 //! | rule | what is always true |
 //! |---|---|
@@ -77,12 +91,13 @@
 //! | T-8 | A worker that has joined and has not yet asked for a step holds nobody up. |
 //!
 //! # Reading order
-//! [`options`] what a program says · [`trainer`] joining, and the next step · [`step`] one step · [`order`] which samples
+//! [`options`] what a program says · [`credentials`] what it shows, and checks the coordinator by · [`trainer`] joining, and the next step · [`step`] one step · [`order`] which samples
 //! · [`session`] the protocol, pure · `hub` where the threads meet · `link` the stream · `ring` building a world's ring ·
 //! `restore` moving state · `saves` checkpoints.
 
 #![forbid(unsafe_code)]
 
+pub mod credentials;
 pub mod error;
 pub mod gradient;
 mod held;
@@ -97,12 +112,15 @@ pub mod session;
 pub mod step;
 pub mod trainer;
 
+pub use credentials::{Credentials, CredentialsError};
 pub use error::{Interrupted, TrainError};
 pub use options::{BadOptions, Checkpoints, Notice, Options};
 pub use order::DataOrder;
 pub use session::End;
 pub use step::{Committed, Samples, Step};
 pub use trainer::{Handle, Trainer};
+
+pub use reknit_proto::Token;
 
 pub use reknit_checkpoint::{Dtype, NamedTensors, State, TensorSpec, Values};
 pub use reknit_collectives::{ControlWord, Element, Group, ReduceOp};

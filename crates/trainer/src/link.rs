@@ -10,9 +10,9 @@ use reknit_proto::v1;
 use reknit_proto::v1::rendezvous_client::RendezvousClient;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Endpoint;
 use tonic::{Code, Streaming};
 
+use crate::credentials::{Credentials, CredentialsError, TlsTrouble};
 use crate::hub::{Hub, ToLink};
 use crate::order::mix;
 
@@ -36,12 +36,22 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 type Sender = mpsc::Sender<v1::MemberMessage>;
 
+/// Whom the link is to.
+pub(crate) struct Target {
+    pub(crate) coordinators: Vec<String>,
+    pub(crate) credentials: Credentials,
+    pub(crate) job: JobId,
+}
+
 /// Why a stream ended.
 enum Ended {
     /// The coordinator, or the way to it, is gone; or a new introduction is due. With what is known of why.
     Gone(String),
     /// Another coordinator leads: this one.
     Elsewhere(String),
+    /// One of the two does not trust the other. Who has never been in is told at once: somebody has to put it right. Who
+    /// has been in waits for that, for certificates are replaced while programs run.
+    Distrust(String),
     /// The coordinator will not have this member, and trying again will not help.
     Rejected(String),
     /// The program is done with it.
@@ -49,45 +59,33 @@ enum Ended {
 }
 
 /// The link's life.
-pub(crate) fn run(
-    hub: Arc<Hub>,
-    coordinators: Vec<String>,
-    job: JobId,
-    inbox: mpsc::UnboundedReceiver<ToLink>,
-) {
+pub(crate) fn run(hub: Arc<Hub>, to: Target, inbox: mpsc::UnboundedReceiver<ToLink>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
-        Ok(runtime) => runtime.block_on(live(&hub, &coordinators, &job, inbox)),
+        Ok(runtime) => runtime.block_on(live(&hub, &to, inbox)),
         Err(why) => hub.bring(|session| session.rejected(format!("no event loop for the link: {why}"))),
     }
 }
 
-async fn live(
-    hub: &Arc<Hub>,
-    coordinators: &[String],
-    job: &JobId,
-    mut inbox: mpsc::UnboundedReceiver<ToLink>,
-) {
+async fn live(hub: &Arc<Hub>, to: &Target, mut inbox: mpsc::UnboundedReceiver<ToLink>) {
     let mut attempt = 0u32;
     // Whether it was said that there is none, since there last was one.
     let mut said = false;
+    let mut was_ever_up = false;
     let mut jitter = hub.look(|session| session.member().0);
     // Where it was sent by the one that it asked last.
     let mut sent_to: Option<String> = None;
     // Where it was attached last: it is asked again first, after what may only have been a broken connection.
     let mut home = 0;
     loop {
-        let listed = &coordinators[(home + attempt as usize) % coordinators.len()];
+        let listed = &to.coordinators[(home + attempt as usize) % to.coordinators.len()];
         let is_sent = sent_to.is_some();
         let coordinator = &sent_to.take().unwrap_or_else(|| listed.clone());
-        let ended = attend(hub, coordinator, job, &mut inbox).await;
+        let ended = attend(hub, coordinator, to, &mut inbox).await;
         let was_up = hub.look(super::session::Session::is_attached);
+        was_ever_up |= was_up;
         match ended {
             Ended::Done => return hub.disconnected("the program is done".to_owned()),
-            Ended::Rejected(why) => {
-                hub.disconnected(why.clone());
-                return hub.bring(|session| session.rejected(why));
-            }
             Ended::Elsewhere(leader) => {
                 hub.disconnected(format!("{coordinator} does not lead; {leader} does"));
                 // One that sends on is followed once; it may know as little as the one before.
@@ -96,7 +94,9 @@ async fn live(
                     continue;
                 }
             }
-            Ended::Gone(why) => {
+            Ended::Rejected(why) => return reject(hub, why),
+            Ended::Distrust(why) if !was_ever_up => return reject(hub, why),
+            Ended::Gone(why) | Ended::Distrust(why) => {
                 let is_over = hub.look(|session| session.end().is_some());
                 said &= !was_up;
                 if !is_over && !std::mem::replace(&mut said, true) {
@@ -111,14 +111,14 @@ async fn live(
             return;
         }
         if was_up {
-            home = coordinators.iter().position(|listed| listed == coordinator).unwrap_or(home);
+            home = to.coordinators.iter().position(|listed| listed == coordinator).unwrap_or(home);
             attempt = 0;
         } else {
             attempt = attempt.saturating_add(1);
         }
         jitter = mix(jitter);
         // Each of them is asked once before the pause grows.
-        let round = attempt / coordinators.len() as u32;
+        let round = attempt / to.coordinators.len() as u32;
         let longest =
             hub.look(super::session::Session::renew_every).mul_f64(BACKOFF_PER_RENEWAL).max(BACKOFF_MAX);
         let most = (BACKOFF_FIRST * 2u32.saturating_pow(round.min(8))).min(longest);
@@ -136,6 +136,11 @@ fn is_sendable(from: &str, to: &str) -> bool {
     to.starts_with("http") && (is_secure(to) || !is_secure(from))
 }
 
+fn reject(hub: &Arc<Hub>, why: String) {
+    hub.disconnected(why.clone());
+    hub.bring(|session| session.rejected(why));
+}
+
 /// Drops what is to be said while there is nobody to hear it (the session says again what still matters), until the
 /// program is done.
 async fn end_of(inbox: &mut mpsc::UnboundedReceiver<ToLink>) {
@@ -151,11 +156,11 @@ async fn end_of(inbox: &mut mpsc::UnboundedReceiver<ToLink>) {
 async fn attend(
     hub: &Arc<Hub>,
     coordinator: &str,
-    job: &JobId,
+    to: &Target,
     inbox: &mut mpsc::UnboundedReceiver<ToLink>,
 ) -> Ended {
     let began = tokio::select! {
-        began = begin(hub, coordinator, job) => began,
+        began = begin(hub, coordinator, to) => began,
         () = end_of(inbox) => return Ended::Done,
     };
     let (sender, mut inbound) = match began {
@@ -202,22 +207,32 @@ async fn attend(
 async fn begin(
     hub: &Arc<Hub>,
     coordinator: &str,
-    job: &JobId,
+    to: &Target,
 ) -> Result<(Sender, Streaming<v1::CoordinatorMessage>), Ended> {
     let keepalive = hub.look(super::session::Session::renew_every).max(KEEPALIVE_MIN);
-    let endpoint = Endpoint::from_shared(coordinator.to_owned())
-        .map_err(|why| Ended::Rejected(format!("{coordinator} is no address of a coordinator: {why}")))?
+    let senseless = |why: CredentialsError| Ended::Distrust(format!("{} ({})", why.text(), why.hint()));
+    let endpoint = to
+        .credentials
+        .endpoint(coordinator)
+        .map_err(senseless)?
         .connect_timeout(CONNECT_PATIENCE)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(keepalive)
         .keep_alive_timeout(keepalive)
         .keep_alive_while_idle(true);
-    let channel = endpoint.connect().await.map_err(|why| gone(root(&why)))?;
+    let channel = tokio::time::timeout(CONNECT_PATIENCE * 2, endpoint.connect())
+        .await
+        .map_err(|_| gone("no connection in time"))?
+        .map_err(|why| distrust(&why).unwrap_or_else(|| gone(root(&why))))?;
     let (sender, receiver) = mpsc::channel(OUTBOUND);
-    let introduction =
-        hub.look(|session| Introduction { job: job.clone(), member: session.member(), join: session.join() });
+    let introduction = hub.look(|session| Introduction {
+        job: to.job.clone(),
+        member: session.member(),
+        join: session.join(),
+    });
     sender.send(rendezvous::from_introduction(&introduction)).await.map_err(|_| gone("no stream"))?;
-    let mut client = RendezvousClient::new(channel);
+    let authorization = to.credentials.authorization().map_err(senseless)?;
+    let mut client = RendezvousClient::with_interceptor(channel, authorization);
     let attended = client.attend(ReceiverStream::new(receiver));
     match tokio::time::timeout(CONNECT_PATIENCE, attended).await {
         Ok(Ok(response)) => Ok((sender, response.into_inner())),
@@ -248,8 +263,20 @@ fn root(why: &(dyn std::error::Error + 'static)) -> String {
     std::iter::successors(Some(why), |why| why.source()).last().unwrap_or(why).to_string()
 }
 
+/// What stands between the two that people have to put right, if that is what it is.
+fn distrust(why: &(dyn std::error::Error + 'static)) -> Option<Ended> {
+    let trouble = TlsTrouble::of(why)?;
+    let text = format!("{trouble} ({})", trouble.hint());
+    Some(if trouble.is_certain() { Ended::Distrust(text) } else { Ended::Gone(text) })
+}
+
 fn ended_by(status: &tonic::Status) -> Ended {
+    if let Some(distrust) = distrust(status) {
+        return distrust;
+    }
     match status.code() {
+        // Trying again with the same token will not help.
+        Code::Unauthenticated | Code::PermissionDenied => Ended::Rejected(status.message().to_owned()),
         Code::FailedPrecondition | Code::InvalidArgument | Code::Unimplemented | Code::DataLoss => {
             Ended::Rejected(status.message().to_owned())
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use reknit_membership::spec::{BadSpec, Spec};
 use reknit_membership::{BadName, JobId, MemberName};
 
+use crate::credentials::Credentials;
 use crate::order::DataOrder;
 
 /// A warning that this worker is to leave: the cloud will take its machine, or an operator drains it. The library lets it
@@ -34,6 +35,7 @@ pub struct Checkpoints {
 #[derive(Clone)]
 pub struct Options {
     pub(crate) coordinators: Vec<String>,
+    pub(crate) credentials: Credentials,
     pub(crate) job: JobId,
     pub(crate) name: MemberName,
     pub(crate) spec: Spec,
@@ -58,7 +60,7 @@ pub enum BadOptions {
     #[error(transparent)]
     Spec(#[from] BadSpec),
     /// No coordinator is named, or one is no URL.
-    #[error("a coordinator's address looks like http://HOST:PORT, not {0:?}")]
+    #[error("a coordinator's address looks like http://HOST:PORT or https://HOST:PORT, not {0:?}")]
     Coordinator(String),
     /// An empty data set or batch.
     #[error("the data set and the global batch must each hold at least one sample")]
@@ -69,7 +71,7 @@ pub enum BadOptions {
 }
 
 impl Options {
-    /// Joins `job` at a coordinator (`http://HOST:PORT`; several may be separated by commas). The data order says how
+    /// Joins `job` at a coordinator (`http://HOST:PORT` or `https://HOST:PORT`; several may be separated by commas). The data order says how
     /// many samples there are and how many of them a step uses over all ranks.
     ///
     /// # Errors
@@ -84,6 +86,7 @@ impl Options {
         }
         Ok(Options {
             coordinators,
+            credentials: Credentials::default(),
             job: JobId::new(job)?,
             name: default_name()?,
             spec: Spec::default(),
@@ -96,6 +99,13 @@ impl Options {
             patience: Duration::from_secs(600),
             on_notice: None,
         })
+    }
+
+    /// What is shown to the coordinator, and what it is checked by. By default nothing is shown, whatever the environment
+    /// says; [`Credentials::from_env`] has what it says.
+    pub fn credentials(mut self, credentials: Credentials) -> Options {
+        self.credentials = credentials;
+        self
     }
 
     /// What people call this worker; a live worker of that name is replaced. By default its host and process id.

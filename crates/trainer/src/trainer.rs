@@ -19,7 +19,7 @@ use reknit_membership::{Digest, Generation, Lineage, MemberId, Step as StepNumbe
 use crate::error::TrainError;
 use crate::held::Held;
 use crate::hub::{Hub, ToLink, ToProgram, ToSaves};
-use crate::link;
+use crate::link::{self, Target};
 use crate::options::Options;
 use crate::order::DataOrder;
 use crate::restore::{Fetching, RestoreError, fetch, serve};
@@ -130,11 +130,15 @@ impl Trainer {
         let hub = Hub::new(session, listener, to_link, to_program, to_saves, options.on_notice.clone());
         let saves_inbox = options.checkpoints.is_some().then_some(saves_inbox);
         let link = {
-            let (hub, coordinators, job) =
-                (Arc::clone(&hub), options.coordinators.clone(), options.job.clone());
+            let hub = Arc::clone(&hub);
+            let to = Target {
+                coordinators: options.coordinators.clone(),
+                credentials: options.credentials.clone(),
+                job: options.job.clone(),
+            };
             std::thread::Builder::new()
                 .name("reknit-link".to_owned())
-                .spawn(move || link::run(hub, coordinators, job, link_inbox))?
+                .spawn(move || link::run(hub, to, link_inbox))?
         };
         let mut trainer = Trainer {
             options,

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Parser;
-use reknit_trainer::{DataOrder, Options, Trainer};
+use reknit_trainer::{Credentials, DataOrder, Options, Trainer};
 
 use data::Digits;
 use evidence::Evidence;
@@ -75,6 +75,7 @@ fn main() -> Result<()> {
     let order = DataOrder { dataset: digits.train(), global_batch: args.batch, seed: 7 };
     let mut options = Options::new(&args.coordinator, &args.job, order)?
         .workers(args.min, args.max)?
+        .credentials(Credentials::from_env()?)
         .steps(args.steps)
         .listen(args.listen, args.advertise);
     if let Some(name) = &args.name {

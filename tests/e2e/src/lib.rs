@@ -108,6 +108,16 @@ pub struct Coordinator {
     dir: tempfile::TempDir,
     address: SocketAddr,
     silence: &'static str,
+    protection: Protection,
+}
+
+/// What keeps strangers from a coordinator.
+#[derive(Debug, Clone, Default)]
+pub struct Protection {
+    /// More flags of `reknit serve`.
+    pub serve: Vec<String>,
+    /// What its clients have in their environment, unless a test says otherwise.
+    pub shown: Vec<(&'static str, String)>,
 }
 
 impl Coordinator {
@@ -118,9 +128,17 @@ impl Coordinator {
 
     /// Starts one that lets a silent member live for this long.
     pub fn start_with_silence(silence: &'static str) -> Coordinator {
-        let dir = tempfile::tempdir().unwrap();
-        let (process, address) = serve(dir.path(), "127.0.0.1:0", silence);
-        Coordinator { process, dir, address, silence }
+        Coordinator::start_protected(tempfile::tempdir().unwrap(), silence, Protection::default())
+    }
+
+    /// Starts one that is protected by what lies in `dir`.
+    pub fn start_protected(
+        dir: tempfile::TempDir,
+        silence: &'static str,
+        protection: Protection,
+    ) -> Coordinator {
+        let (process, address) = serve(dir.path(), "127.0.0.1:0", silence, &protection.serve);
+        Coordinator { process, dir, address, silence, protection }
     }
 
     /// Where it listens.
@@ -130,7 +148,8 @@ impl Coordinator {
 
     /// The same as a URL.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let speaks_tls = self.protection.serve.iter().any(|flag| flag == "--tls-cert");
+        format!("{}://{}", if speaks_tls { "https" } else { "http" }, self.address)
     }
 
     /// A directory that lives as long as it does.
@@ -156,15 +175,20 @@ impl Coordinator {
     /// Starts it again, on the same store and port.
     pub fn restart(&mut self) {
         let listen = self.address.to_string();
-        (self.process, self.address) = serve(self.dir.path(), &listen, self.silence);
+        (self.process, self.address) = serve(self.dir.path(), &listen, self.silence, &self.protection.serve);
     }
 
     /// Runs a command line against it.
     pub fn reknit(&self, args: &[&str]) -> Ran {
+        self.reknit_showing(args, &self.protection.shown)
+    }
+
+    /// Runs one with this in its environment.
+    pub fn reknit_showing(&self, args: &[&str], shown: &[(&'static str, String)]) -> Ran {
         let mut all = args.to_vec();
         let url = self.url();
         all.extend(["--coordinator", &url]);
-        reknit(&all)
+        reknit_showing(&all, shown)
     }
 
     /// What `reknit status JOB --json` says.
@@ -199,8 +223,20 @@ impl Coordinator {
 
     /// Starts the example program as a worker of a job.
     pub fn worker(&self, job: &str, name: &str, args: &[&str]) -> Process {
+        self.worker_showing(job, name, args, &self.protection.shown)
+    }
+
+    /// Starts one with this in its environment.
+    pub fn worker_showing(
+        &self,
+        job: &str,
+        name: &str,
+        args: &[&str],
+        shown: &[(&'static str, String)],
+    ) -> Process {
         let mut command = Command::new(programs().join("reknit-digits"));
         command.args(["--coordinator", &self.url(), "--job", job, "--name", name]).args(args);
+        command.envs(shown.iter().map(|(name, value)| (name, value)));
         self.spawn_worker(command, name)
     }
 
@@ -216,11 +252,12 @@ impl Coordinator {
     }
 }
 
-fn serve(dir: &Path, listen: &str, silence: &str) -> (Process, SocketAddr) {
+fn serve(dir: &Path, listen: &str, silence: &str, more: &[String]) -> (Process, SocketAddr) {
     let log = dir.join("coordinator.log");
     let mut child = Command::new(programs().join("reknit"))
         .args(["serve", "--announce", "--listen", listen, "--silence", silence, "--store"])
         .arg(dir.join("store"))
+        .args(more)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log_file(&log))
@@ -256,9 +293,15 @@ impl From<Output> for Ran {
 
 /// Runs `reknit` to its end.
 pub fn reknit(args: &[&str]) -> Ran {
+    reknit_showing(args, &[])
+}
+
+/// Runs `reknit` with this in its environment.
+pub fn reknit_showing(args: &[&str], shown: &[(&'static str, String)]) -> Ran {
     let mut child = Command::new(programs().join("reknit"))
         .args(args)
         .env_remove("REKNIT_COORDINATOR")
+        .envs(shown.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

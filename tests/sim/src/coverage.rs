@@ -44,6 +44,7 @@ pub const EXPECTED: &[&str] = &[
     "a coordinator hears late of a stream's end",
     "a coordinator is gone without a word",
     "a coordinator is succeeded while it lives",
+    "a coordinator that does not lead any more saves nothing",
     "a coordinator's death in peace",
     "a death in peace",
     "a job is over and everybody knows",

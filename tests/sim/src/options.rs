@@ -63,6 +63,8 @@ pub struct Options {
     pub window: usize,
     /// Coordinators that members know.
     pub servers: usize,
+    /// Whether one of them leads, and the store takes nothing from any other.
+    pub fenced: bool,
     /// How long faults strike.
     pub chaos_ms: Ms,
     /// Whether what must not cost a generation, and what must cost few, is tried when all is well again.
@@ -209,6 +211,7 @@ impl Options {
             inbound: if rng.chance(150) { rng.within((1, 4)) as usize } else { 1024 },
             window: if rng.chance(200) { rng.within((1, 6)) as usize } else { 1024 },
             servers: if rng.chance(250) { 2 } else { 1 },
+            fenced: !seed.is_multiple_of(3),
             chaos_ms: rng.within((4_000, 30_000)),
             calm: rng.chance(400),
             faults: Faults::drawn(rng, share_on),
@@ -342,14 +345,15 @@ impl fmt::Display for Options {
         )?;
         writeln!(
             f,
-            "  control {:?} ms, data {:?} ms, store {:?} ms, outbound {}, inbound {}, window {}, servers {}",
+            "  control {:?} ms, data {:?} ms, store {:?} ms, outbound {}, inbound {}, window {}, servers {}{}",
             self.control_ms,
             self.data_ms,
             self.store_ms,
             self.outbound,
             self.inbound,
             self.window,
-            self.servers
+            self.servers,
+            if self.fenced && self.servers > 1 { ", of which one leads" } else { "" }
         )?;
         write!(f, "  {} ms of faults, calm {}:", self.chaos_ms, self.calm)?;
         for (name, kind, value) in faults.listed().into_iter().filter(|(_, _, value)| *value > 0) {

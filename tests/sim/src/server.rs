@@ -120,6 +120,8 @@ impl Sim {
         s.dies_telling = false;
         s.clock = Some(Clock::at(wall));
         let life = s.life;
+        // Whoever starts while another one is up has ended that one's lease.
+        self.store.leader = Some((server, life));
         self.log(20, server as u64, |_| format!("c{server} starts, life {life}"));
         if self.store.saved().is_some() {
             self.open_job(server, None);
@@ -132,6 +134,18 @@ impl Sim {
             return Some(handle);
         }
         if self.store.outage {
+            return None;
+        }
+        let life = self.servers[server].life;
+        if self
+            .store
+            .leader
+            .is_none_or(|(other, life)| !self.servers[other].up || self.servers[other].life != life)
+        {
+            self.store.leader = Some((server, life));
+        }
+        if !self.leads(server, life) {
+            // It says who leads; a member tries that one next, as it does in any case.
             return None;
         }
         let known = match self.store.saved() {

@@ -104,6 +104,8 @@ pub(crate) struct StoreSide {
     underway: BTreeMap<u64, Underway>,
     numbers: u64,
     pub(crate) outage: bool,
+    /// Which coordinator leads, in which of its lives.
+    pub(crate) leader: Option<(usize, u32)>,
     /// Whether a backup was ever put back.
     rolled_back: bool,
     /// The roster of every generation that was ever published.
@@ -254,7 +256,12 @@ impl Sim {
         let Asked::Save { expected, value, .. } = &mut underway.asked else { return };
         let (server, life, then) = (underway.server, underway.life, underway.then);
         let current = self.store.saved().map(|saved| saved.revision).unwrap_or_default();
-        let result = if current == *expected {
+        let result = if !self.leads(server, life) {
+            // Its lease was ended while it was stopped, or is taken for dead.
+            self.coverage.hit("a coordinator that does not lead any more saves nothing");
+            self.seen(&Seen::Forgot { server });
+            Err(StoreError::NotLeader)
+        } else if current == *expected {
             let value = std::mem::take(value);
             Ok(self.store_applies(server, life, value))
         } else {
@@ -275,6 +282,11 @@ impl Sim {
         let wait = self.rng.within(self.options.store_ms);
         self.store.underway.insert(request, underway);
         self.after(wait, Happening::StoreAnswers { request });
+    }
+
+    /// Whether the store takes what this coordinator saves: without a leader, it goes by the revision alone.
+    pub(crate) fn leads(&self, server: usize, life: u32) -> bool {
+        !self.options.fenced || self.servers.len() == 1 || self.store.leader == Some((server, life))
     }
 
     fn store_applies(&mut self, server: usize, life: u32, value: Vec<u8>) -> Revision {
