@@ -1,7 +1,7 @@
 //! `reknit bench`: figures, each beside what the same machine allows in the same run.
 //!
 //! ```text
-//!   a measurement (recovery, swarm, steady, restore, allreduce, checkpoint)
+//!   a measurement (recovery, failover, swarm, steady, restore, allreduce, checkpoint)
 //!     │ starts                                    │ measures                   │ gives
 //!     ├─ processes: serve (a coordinator)         ├─ limits of the machine     └─ result: a table, or JSON
 //!     └─ company: this program in a role          └─ stats, by the machine's clock
@@ -14,14 +14,17 @@ pub(crate) mod args;
 
 mod allreduce;
 mod checkpoint;
+mod failover;
 mod recovery;
 mod restore;
 mod steady;
 mod swarm;
 
 mod company;
+mod etcd;
 mod fleet;
 mod rank;
+mod replicas;
 mod worker;
 
 mod clock;
@@ -43,6 +46,7 @@ use result::{Figures, show};
 pub(crate) fn bench(bench: Bench) -> Result<(), Failure> {
     match bench.what {
         What::Recovery(args) => measure(&args.common, |dir| recovery::recovery(&args, dir)),
+        What::Failover(args) => measure(&args.common, |dir| failover::failover(&args, dir)),
         What::Swarm(args) => measure(&args.common, |dir| swarm::swarm(&args, dir)),
         What::Steady(args) => measure(&args.common, |dir| steady::steady(&args, dir)),
         What::Restore(args) => measure(&args.common, |dir| restore::restore(&args, dir)),

@@ -1,9 +1,10 @@
 //! Processes that a command starts, sends signals to, and ends for good when it is done with them, or is told to end.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -122,19 +123,44 @@ pub(crate) fn log_file(dir: &Path, name: &str) -> Result<File> {
     file.with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// A coordinator on its embedded store.
+/// A coordinator, on a store of its own or one that it shares with others.
 pub(crate) struct Coordinator {
     process: Process,
-    dir: PathBuf,
     address: SocketAddr,
+    make: Make,
+}
+
+/// How a coordinator is started.
+#[derive(Debug, Clone)]
+struct Make {
+    dir: PathBuf,
+    name: String,
+    store: OsString,
+    /// What else is said on its command line.
+    more: Vec<String>,
 }
 
 impl Coordinator {
-    /// Starts one on a free port, with a fresh store.
+    /// Starts one on a free port, with a fresh embedded store.
     pub(crate) fn start(dir: &Path) -> Result<Coordinator> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        let (process, address) = serve(dir, SocketAddr::from(([127, 0, 0, 1], 0)))?;
-        Ok(Coordinator { process, dir: dir.to_owned(), address })
+        let (dir, name, store) = (dir.to_owned(), "coordinator".to_owned(), dir.join("store").into());
+        Coordinator::launch(Make { dir, name, store, more: Vec::new() }, LOOPBACK)
+    }
+
+    /// Starts one on a store that is elsewhere, under a name of its own. It may be one of several there.
+    pub(crate) fn start_on(dir: &Path, name: &str, store: &str, more: &[&str]) -> Result<Coordinator> {
+        // The others must know where it is before it listens.
+        let address = free_address()?;
+        let mut more: Vec<String> = more.iter().map(|word| (*word).to_owned()).collect();
+        more.extend(["--advertise".to_owned(), format!("http://{address}")]);
+        let make = Make { dir: dir.to_owned(), name: name.to_owned(), store: store.into(), more };
+        Coordinator::launch(make, address)
+    }
+
+    fn launch(make: Make, listen: SocketAddr) -> Result<Coordinator> {
+        let (process, address) = serve(&make, listen)?;
+        Ok(Coordinator { process, address, make })
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -143,6 +169,10 @@ impl Coordinator {
 
     pub(crate) fn id(&self) -> u32 {
         self.process.id()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.signal(signal)
     }
 
     /// SIGKILL.
@@ -154,26 +184,35 @@ impl Coordinator {
 
     /// Starts it again on the same store and port.
     pub(crate) fn restart(&mut self) -> Result<()> {
-        (self.process, self.address) = serve(&self.dir, self.address)?;
+        (self.process, self.address) = serve(&self.make, self.address)?;
         Ok(())
     }
 }
 
-fn serve(dir: &Path, listen: SocketAddr) -> Result<(Process, SocketAddr)> {
+/// Any port of this machine that is free.
+const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// An address at which nobody listens; somebody else may take it before it is used.
+pub(crate) fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind(LOOPBACK)?.local_addr()?)
+}
+
+fn serve(make: &Make, listen: SocketAddr) -> Result<(Process, SocketAddr)> {
     let mut command = Command::new(std::env::current_exe()?);
     for variable in PROTECTION {
         command.env_remove(variable);
     }
     let mut child = command
         .args(["serve", "--announce", "--listen", &listen.to_string(), "--store"])
-        .arg(dir.join("store"))
+        .arg(&make.store)
+        .args(&make.more)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(log_file(dir, "coordinator")?)
+        .stderr(log_file(&make.dir, &make.name)?)
         .spawn()
         .context("cannot start the coordinator")?;
     let stdout = child.stdout.take().context("the coordinator has no output")?;
-    let process = Process::new(child, "the coordinator");
+    let process = Process::new(child, &make.name);
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let mut line = String::new();
@@ -184,7 +223,8 @@ fn serve(dir: &Path, listen: SocketAddr) -> Result<(Process, SocketAddr)> {
     });
     let line = receiver.recv_timeout(START_PATIENCE).unwrap_or_default();
     let address = line.trim().parse().with_context(|| {
-        format!("the coordinator does not listen; see {}", dir.join("coordinator.log").display())
+        let log = make.dir.join(format!("{}.log", make.name));
+        format!("the coordinator does not listen; see {}", log.display())
     })?;
     Ok((process, address))
 }

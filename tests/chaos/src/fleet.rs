@@ -1,5 +1,6 @@
 //! Three coordinators on an etcd of three, four training workers, and what is asked of all of them in the end.
 
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -60,7 +61,7 @@ pub struct Fleet {
     workers: Vec<Process>,
     coordinators: Vec<Coordinator>,
     etcd: Etcd,
-    probe: Probe,
+    probe: RefCell<Probe>,
     net: Net,
     dir: Option<tempfile::TempDir>,
     _turn: MutexGuard<'static, ()>,
@@ -116,7 +117,7 @@ impl Fleet {
             Coordinator { address, process: None, ids: Vec::new() }
         });
         let coordinators = coordinators.collect();
-        let (workers, dir) = (Vec::new(), Some(dir));
+        let (workers, probe, dir) = (Vec::new(), RefCell::new(probe), Some(dir));
         let mut fleet = Fleet { make, workers, coordinators, etcd, probe, net, dir, _turn: turn };
         for index in 0..COORDINATORS {
             fleet.restart(index);
@@ -189,7 +190,7 @@ impl Fleet {
 
     /// The store, with what is needed to ask it things.
     pub fn etcd(&mut self) -> (&mut Etcd, &Net, &mut Probe) {
-        (&mut self.etcd, &self.net, &mut self.probe)
+        (&mut self.etcd, &self.net, self.probe.get_mut())
     }
 
     /// A coordinator's process.
@@ -198,18 +199,17 @@ impl Fleet {
     }
 
     /// What each coordinator says of itself, if it answers.
-    pub fn roles(&mut self) -> Vec<Option<Leadership>> {
-        let urls = self.urls();
-        self.probe.coordinators(&urls)
+    pub fn roles(&self) -> Vec<Option<Leadership>> {
+        self.probe.borrow_mut().coordinators(&self.urls())
     }
 
     /// Waits until a coordinator leads.
-    pub fn leader(&mut self) -> Leader {
+    pub fn leader(&self) -> Leader {
         self.leader_after(0)
     }
 
     /// Waits until a coordinator leads that came after the leader of this epoch.
-    pub fn leader_after(&mut self, epoch: u64) -> Leader {
+    pub fn leader_after(&self, epoch: u64) -> Leader {
         eventually("a leader", || {
             let roles = self.roles();
             let newest = roles
@@ -228,7 +228,7 @@ impl Fleet {
     }
 
     /// Waits until a coordinator says that it does not lead.
-    pub fn follows(&mut self, index: usize) {
+    pub fn follows(&self, index: usize) {
         eventually("a coordinator to follow", || {
             let roles = self.roles();
             match &roles[index] {
@@ -247,16 +247,23 @@ impl Fleet {
         coordinators.chain(&self.workers).map(last).collect::<Vec<_>>().join(" / ")
     }
 
-    /// Runs a command line as an operator would, with all coordinators named.
+    /// Runs a command line as an operator would, with all coordinators named; first of all those that say they lead, for
+    /// one that is cut off from the store does not know who does.
     ///
     /// # Errors
     /// If it fails; what it said.
     pub fn reknit(&self, args: &[&str]) -> Result<String, String> {
+        let roles = self.roles();
+        let mut urls: Vec<(bool, String)> = (self.urls().into_iter().zip(roles))
+            .map(|(url, says)| (!says.is_some_and(|says| says.leads()), url))
+            .collect();
+        urls.sort();
+        let urls: Vec<String> = urls.into_iter().map(|(_, url)| url).collect();
         let output = self
             .net
             .command(Node::Operator, programs().join("reknit"))
             .args(args)
-            .args(["--coordinator", &self.urls().join(",")])
+            .args(["--coordinator", &urls.join(",")])
             .output()
             .unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -340,8 +347,14 @@ impl Fleet {
         }
     }
 
-    /// Ends the fleet, and looks at all that was written down. The workers must all have lived.
-    pub fn end(mut self) {
+    /// Ends the fleet, and looks at all that was written down. The workers must all have lived, and no step may have been
+    /// done twice.
+    pub fn end(self) {
+        self.end_with(0);
+    }
+
+    /// The same, where so many steps may have been done again: because whoever had done them lost its lease.
+    pub fn end_with(mut self, again_most: usize) {
         let ended: Vec<&Process> =
             self.workers.iter_mut().filter_map(|worker| (!worker.runs()).then_some(&*worker)).collect();
         let ended: Vec<String> =
@@ -363,7 +376,16 @@ impl Fleet {
         }
         assert!(history.saves() > 0 && !history.tells.is_empty(), "nothing was written down");
         assert!(evidence.steps() > 0, "nobody trained");
-        let complaints = [evidence.complaints(), history.complaints()].concat();
+        #[expect(clippy::print_stderr, reason = "how much was looked at")]
+        {
+            let (steps, operations) = (evidence.steps(), history.operations.len());
+            let (saves, unknown, tells) = (history.saves(), history.unknown(), history.tells.len());
+            eprintln!(
+                "looked at {steps} steps, {operations} operations on the store ({saves} saves, and {unknown} with \
+                 an outcome that nobody knows), {tells} things that members were told"
+            );
+        }
+        let complaints = [evidence.complaints(again_most), history.complaints()].concat();
         assert!(complaints.is_empty(), "{}", complaints.join("\n"));
     }
 

@@ -50,6 +50,8 @@ pub enum Act {
         revision: u64,
         /// The record.
         value: Value,
+        /// The leader that reads it, zero if that is not written down.
+        epoch: u64,
     },
 }
 
@@ -58,8 +60,11 @@ pub enum Act {
 pub enum Outcome {
     /// It was saved, and the record has this revision.
     Saved(u64),
-    /// It was not saved: the newest record had another revision.
+    /// In the end it was refused: the newest record had another revision. If it had to be sent more than once, that record
+    /// may be this one.
     Conflict,
+    /// In the end it was refused: another one leads. If it had to be sent more than once, it may have been saved before.
+    NotLeader,
     /// It may have been saved, or be saved later, or never.
     Unknown,
 }
@@ -88,7 +93,7 @@ pub struct Tell {
 /// All that the coordinators of one store wrote down.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct History {
-    /// What was asked of the store, except what certainly had no effect.
+    /// What was asked of the store, except loads that failed.
     pub operations: Vec<Operation>,
     /// What members were told.
     pub tells: Vec<Tell>,
@@ -126,6 +131,8 @@ enum Event {
     Load {
         id: u64,
         job: String,
+        #[serde(default)]
+        epoch: u64,
     },
     Loaded {
         id: u64,
@@ -153,8 +160,9 @@ struct Asked {
     at_us: u64,
     pid: u32,
     job: String,
-    /// Nothing for a load.
-    save: Option<(u64, Value, u64, u64)>,
+    epoch: u64,
+    /// What is expected, the record and its generation; nothing for a load.
+    save: Option<(u64, Value, u64)>,
 }
 
 impl History {
@@ -203,15 +211,15 @@ impl History {
         pid: u32,
         event: Event,
     ) -> Result<(), String> {
-        let mut ask = |id, job, save| {
-            let twice = open.insert((pid, id), Asked { at_us, pid, job, save }).is_some();
+        let mut ask = |id, job, epoch, save| {
+            let twice = open.insert((pid, id), Asked { at_us, pid, job, epoch, save }).is_some();
             if twice { Err(format!("the id {id} is in use")) } else { Ok(()) }
         };
         match event {
             Event::Save { id, job, expected, value, generation, epoch } => {
-                ask(id, job, Some((expected.unwrap_or(0), value, generation, epoch)))?;
+                ask(id, job, epoch, Some((expected.unwrap_or(0), value, generation)))?;
             }
-            Event::Load { id, job } => ask(id, job, None)?,
+            Event::Load { id, job, epoch } => ask(id, job, epoch, None)?,
             Event::Saved { id, revision } => {
                 let asked = open.remove(&(pid, id)).ok_or("nothing was asked")?;
                 self.saved(asked, Some(at_us), Outcome::Saved(revision))?;
@@ -219,20 +227,21 @@ impl History {
             Event::Failed { id, why } => {
                 let asked = open.remove(&(pid, id)).ok_or("nothing was asked")?;
                 match why.as_str() {
-                    // A load that failed tells nothing, and who does not lead any more has changed nothing.
+                    // A load that failed tells nothing.
                     _ if asked.save.is_none() => {}
-                    "not_leader" => {}
+                    "not_leader" => self.saved(asked, Some(at_us), Outcome::NotLeader)?,
                     "conflict" => self.saved(asked, Some(at_us), Outcome::Conflict)?,
                     _ => self.unanswered(asked),
                 }
             }
             Event::Loaded { id, revision, value } => {
-                let Asked { at_us: called_us, pid, job, save: None } =
+                let Asked { at_us: called_us, pid, job, epoch, save: None } =
                     open.remove(&(pid, id)).ok_or("nothing was asked")?
                 else {
                     return Err("a save was asked".to_owned());
                 };
-                let act = Act::Load { revision: revision.unwrap_or(0), value: value.unwrap_or_default() };
+                let (revision, value) = (revision.unwrap_or(0), value.unwrap_or_default());
+                let act = Act::Load { revision, value, epoch };
                 self.operations.push(Operation { job, pid, called_us, returned_us: Some(at_us), act });
             }
             Event::Tell { job, member, kind, generation, revision, epoch } => {
@@ -244,7 +253,7 @@ impl History {
     }
 
     fn saved(&mut self, asked: Asked, returned_us: Option<u64>, outcome: Outcome) -> Result<(), String> {
-        let Asked { at_us, pid, job, save: Some((expected, value, generation, epoch)) } = asked else {
+        let Asked { at_us, pid, job, epoch, save: Some((expected, value, generation)) } = asked else {
             return Err("a load was asked".to_owned());
         };
         let act = Act::Save { expected, value, generation, epoch, outcome };
@@ -289,6 +298,15 @@ impl History {
         self.operations.iter().filter(saved).count()
     }
 
+    /// Of how many saves it is not known whether they were taken.
+    pub fn unknown(&self) -> usize {
+        let unknown = |operation: &&Operation| match operation.act {
+            Act::Save { outcome, .. } => !matches!(outcome, Outcome::Saved(_)),
+            Act::Load { .. } => false,
+        };
+        self.operations.iter().filter(unknown).count()
+    }
+
     /// Whatever is wrong with it, by all that is promised: see [`crate::linear`] and [`crate::told`].
     pub fn complaints(&self) -> Vec<String> {
         let mut complaints: Vec<String> = Vec::new();
@@ -314,7 +332,7 @@ mod tests {
     #[test]
     fn lines_become_operations_with_their_outcomes() {
         let text = r#"
-{"at_us":10,"pid":1,"op":"load","id":1,"job":"j"}
+{"at_us":10,"pid":1,"op":"load","id":1,"job":"j","epoch":3}
 {"at_us":11,"pid":1,"op":"loaded","id":1,"revision":0,"value":""}
 {"at_us":20,"pid":1,"op":"save","id":2,"job":"j","expected":0,"value":"aa","generation":1,"epoch":3}
 {"at_us":25,"pid":1,"op":"saved","id":2,"revision":7}
@@ -345,9 +363,10 @@ mod tests {
         assert_eq!(
             history.operations,
             [
-                operation(10, Some(11), Act::Load { revision: 0, value: String::new() }),
+                operation(10, Some(11), Act::Load { revision: 0, value: String::new(), epoch: 3 }),
                 operation(20, Some(25), save("aa", 0, 1, Outcome::Saved(7))),
                 operation(30, Some(31), save("bb", 6, 2, Outcome::Conflict)),
+                operation(32, Some(33), save("cc", 7, 2, Outcome::NotLeader)),
                 operation(40, None, save("dd", 7, 2, Outcome::Unknown)),
             ]
         );

@@ -23,7 +23,6 @@ pub mod invariants;
 pub mod linear;
 pub mod told;
 
-pub mod clock;
 pub mod etcd;
 pub mod fleet;
 pub mod net;

@@ -1,9 +1,12 @@
 //! Whether a history of one job's record could have come from one register: from a store that does one thing after the
 //! other, each at some instant between its call and its answer.
 //!
-//! The register holds a revision, a value, and the greatest epoch that has written it. It takes a save only if the
-//! revision is the expected one and no later leader has written; each save gives it a greater revision. A save whose
-//! outcome nobody knows may have been taken at any instant after its call, or never.
+//! The register holds a revision, a value, and the greatest epoch that has written or read it: who reads as a leader
+//! leads, and nobody before it can write any more. It takes a save only if the revision is the expected one and no later
+//! leader was there; each save gives it a greater revision. A save whose outcome nobody knows may have been taken at any
+//! instant after its call, or never. One that is said to be refused may have been taken all the same before the answer:
+//! it was sent again, because the first answer did not come, and what refused it the second time was its own success.
+//! After that answer it is not taken any more.
 //!
 //! The search is that of Wing and Gong (1993) with Lowe's memory of configurations (2017): take any operation that
 //! began before the first answer that is still missing, see whether the register allows it, go on; step back when stuck;
@@ -71,32 +74,41 @@ impl Revision {
 struct Register<'a> {
     revision: Revision,
     value: &'a str,
-    /// The greatest that has written.
+    /// The greatest that has written or read.
     epoch: u64,
 }
 
 impl<'a> Register<'a> {
-    /// The register after the operation, if that could have had its outcome here.
-    fn after(self, act: &'a Act) -> Option<Register<'a>> {
+    /// What the register may be after the operation, if that could have had its outcome here.
+    fn after(self, act: &'a Act) -> [Option<Register<'a>>; CHOICES] {
         match act {
             Act::Save { expected, value, epoch, outcome, .. } => {
-                if *outcome == Outcome::Conflict {
-                    return (self.revision != Revision::Is(*expected)).then_some(self);
-                }
                 let least = self.revision.least().max(*expected);
                 let revision = match outcome {
                     Outcome::Saved(revision) => Revision::Is(*revision),
-                    Outcome::Conflict | Outcome::Unknown => Revision::After(least),
+                    Outcome::Conflict | Outcome::NotLeader | Outcome::Unknown => Revision::After(least),
                 };
                 let is_newer = !matches!(revision, Revision::Is(revision) if revision <= least);
                 let is_taken = self.revision.may_be(*expected) && *epoch >= self.epoch && is_newer;
-                is_taken.then_some(Register { revision, value, epoch: *epoch })
+                let taken = is_taken.then_some(Register { revision, value, epoch: *epoch });
+                let is_refused = match outcome {
+                    Outcome::Saved(_) | Outcome::Unknown => false,
+                    Outcome::Conflict => self.revision != Revision::Is(*expected),
+                    Outcome::NotLeader => true,
+                };
+                [is_refused.then_some(self), taken]
             }
-            Act::Load { revision, value } => (self.revision.may_be(*revision) && self.value == value)
-                .then_some(Register { revision: Revision::Is(*revision), ..self }),
+            Act::Load { revision, value, epoch } => {
+                let is_so = self.revision.may_be(*revision) && self.value == value;
+                let (revision, epoch) = (Revision::Is(*revision), self.epoch.max(*epoch));
+                [is_so.then_some(Register { revision, epoch, ..self }), None]
+            }
         }
     }
 }
+
+/// In how many ways an operation can have had its outcome.
+const CHOICES: usize = 2;
 
 /// The calls and answers that are not in the order yet, as a list that gives and takes back in constant time.
 struct Pending {
@@ -200,22 +212,21 @@ pub fn check(operations: &[Operation]) -> Result<(), Violation> {
     let mut register = Register { revision: Revision::Is(0), value: "", epoch: 0 };
     let mut taken = Taken(vec![0; operations.len().div_ceil(64)]);
     let mut seen: HashSet<(Taken, Register<'_>)> = HashSet::new();
-    // What was taken, the register before it, and where in the list it was.
-    let mut order: Vec<(usize, Option<usize>, Register<'_>)> = Vec::new();
+    let mut order: Vec<Choice<'_>> = Vec::new();
     let mut answers_left = operations.iter().filter(|operation| operation.returned_us.is_some()).count();
     let (mut ordered, mut stuck) = (0, pending.open());
-    let mut at = pending.first();
+    let (mut at, mut first_way) = (pending.first(), 0);
     while answers_left > 0 {
         if let Entry::Call { operation, answer } = pending.entries[at] {
-            let after = register.after(&operations[operation].act);
             taken.flip(operation);
-            if let Some(after) = after
-                && seen.insert((taken.clone(), after))
-            {
+            let ways = register.after(&operations[operation].act).into_iter().enumerate().skip(first_way);
+            first_way = 0;
+            let mut unseen = ways.filter_map(|(way, after)| Some((way, after?)));
+            if let Some((way, after)) = unseen.find(|(_, after)| seen.insert((taken.clone(), *after))) {
                 if seen.len() > CONFIGURATIONS_MAX {
                     return Err(Violation::GaveUp);
                 }
-                order.push((at, answer, register));
+                order.push(Choice { call: at, answer, operation, way, before: register });
                 register = after;
                 pending.take(at, answer);
                 answers_left -= usize::from(answer.is_some());
@@ -230,19 +241,26 @@ pub fn check(operations: &[Operation]) -> Result<(), Violation> {
             continue;
         }
         // An answer is due, and nothing that could come before it fits: the last choice was wrong.
-        let Some((call, answer, before)) = order.pop() else {
+        let Some(Choice { call, answer, operation, way, before }) = order.pop() else {
             let stuck = stuck.into_iter().map(|operation| operations[operation].clone()).collect();
             return Err(Violation::NoOrder { ordered, stuck });
         };
         pending.put_back(call, answer);
         answers_left += usize::from(answer.is_some());
         register = before;
-        if let Entry::Call { operation, .. } = pending.entries[call] {
-            taken.flip(operation);
-        }
-        at = pending.next[call];
+        taken.flip(operation);
+        (at, first_way) = (call, way + 1);
     }
     Ok(())
+}
+
+/// An operation that was put next, where it was in the list, in which way it was done, and the register before it.
+struct Choice<'a> {
+    call: usize,
+    answer: Option<usize>,
+    operation: usize,
+    way: usize,
+    before: Register<'a>,
 }
 
 #[cfg(test)]

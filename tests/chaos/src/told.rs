@@ -17,9 +17,8 @@ struct Known {
 fn known(operations: &[Operation]) -> BTreeMap<u64, Known> {
     let mut by_value: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
     for operation in operations {
-        if let Act::Save { value, generation, epoch, outcome, .. } = &operation.act
-            && *outcome != Outcome::Conflict
-        {
+        // Whatever was said of it: what somebody has read was saved.
+        if let Act::Save { value, generation, epoch, .. } = &operation.act {
             by_value.insert(value, (*generation, *epoch));
         }
     }
@@ -30,7 +29,7 @@ fn known(operations: &[Operation]) -> BTreeMap<u64, Known> {
                 (*revision, *generation, *epoch)
             }
             Act::Save { .. } => continue,
-            Act::Load { revision, value } => match by_value.get(value.as_str()) {
+            Act::Load { revision, value, .. } => match by_value.get(value.as_str()) {
                 Some((generation, epoch)) => (*revision, *generation, *epoch),
                 None => continue,
             },
@@ -128,7 +127,7 @@ mod tests {
     }
 
     fn load(at_us: u64, revision: u64, generation: u64) -> Operation {
-        let act = Act::Load { revision, value: format!("g{generation}") };
+        let act = Act::Load { revision, value: format!("g{generation}"), epoch: 0 };
         Operation { job: "j".to_owned(), pid: 2, called_us: at_us, returned_us: Some(at_us + 5), act }
     }
 

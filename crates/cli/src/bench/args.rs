@@ -1,10 +1,12 @@
 //! What can be typed after `reknit bench`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Subcommand, value_parser};
 
 use super::company::Role;
+use crate::args::duration;
 
 /// One measurement.
 #[derive(Debug, clap::Args)]
@@ -17,6 +19,8 @@ pub(crate) struct Bench {
 pub(super) enum What {
     /// How long training stands still when a worker is killed, leaves or joins
     Recovery(Recovery),
+    /// How long nobody leads when the leading coordinator dies, and what training notices of it; needs etcd
+    Failover(Failover),
     /// How one coordinator does with thousands of members
     Swarm(Swarm),
     /// What the coordinator and the control word cost while a world runs
@@ -65,6 +69,30 @@ pub(super) struct Recovery {
 }
 
 #[derive(Debug, clap::Args)]
+pub(super) struct Failover {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// How many times the leading coordinator is killed
+    #[arg(long, default_value_t = 50, value_parser = value_parser!(u32).range(1..))]
+    pub(super) kills: u32,
+    /// How many times it is stopped for longer than its lease
+    #[arg(long, default_value_t = 5, value_parser = value_parser!(u32).range(1..))]
+    pub(super) stops: u32,
+    /// How many coordinators there are
+    #[arg(long, default_value_t = 3, value_parser = value_parser!(u32).range(2..=7))]
+    pub(super) coordinators: u32,
+    /// How many workers train meanwhile
+    #[arg(long, default_value_t = 4, value_parser = value_parser!(u32).range(2..=64))]
+    pub(super) workers: u32,
+    /// How long a coordinator leads without hearing from the store
+    #[arg(long, default_value = "2s", value_parser = duration)]
+    pub(super) lease: Duration,
+    /// Draws when it is killed
+    #[arg(long, default_value_t = 1)]
+    pub(super) seed: u64,
+}
+
+#[derive(Debug, clap::Args)]
 pub(super) struct Swarm {
     #[command(flatten)]
     pub(super) common: Common,
@@ -80,6 +108,10 @@ pub(super) struct Swarm {
     /// For how many seconds the coordinator's use of the processor is measured while nothing happens
     #[arg(long, default_value_t = 20, value_parser = value_parser!(u64).range(1..=3600))]
     pub(super) steady_s: u64,
+    /// Where the coordinator keeps its records, as `serve --store` takes it; `etcd` starts one for it [default: a fresh
+    /// directory]
+    #[arg(long)]
+    pub(super) store: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]

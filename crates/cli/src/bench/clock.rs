@@ -15,6 +15,11 @@ impl Mark {
         Mark(crate::clock::monotonic_ns())
     }
 
+    /// The instant so much later.
+    pub(super) fn after(self, duration: Duration) -> Mark {
+        Mark(self.0.saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
     /// How long after `earlier` it is; zero if it is not after it.
     pub(super) fn since(self, earlier: Mark) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
@@ -37,6 +42,7 @@ mod tests {
         assert!(first <= second);
         assert_eq!(first.since(Mark(first.0 + 1)), Duration::ZERO);
         assert_eq!(Mark(3_500_000).since(Mark(500_000)), Duration::from_millis(3));
+        assert_eq!(Mark(500_000).after(Duration::from_millis(3)), Mark(3_500_000));
         assert_eq!(ms(Duration::from_micros(1_500)), 1.5);
     }
 }

@@ -147,6 +147,7 @@ impl Fleet {
             summed: self.make.summed,
             step: self.make.step,
             journal: self.journal(worker),
+            commits: None,
         };
         let id = self.company.start(&setup)?;
         self.live.insert(id);

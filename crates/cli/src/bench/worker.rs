@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,6 +40,42 @@ pub(super) struct WorkerSetup {
     pub(super) step: Duration,
     /// Where the committed steps are noted.
     pub(super) journal: PathBuf,
+    /// Where every committed step is noted with its instant, if it is wanted: see [`commits`].
+    pub(super) commits: Option<PathBuf>,
+}
+
+/// A step that was committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Commit {
+    pub(super) at: Mark,
+    pub(super) generation: u64,
+    /// How many steps are committed, this one included.
+    pub(super) steps: u64,
+}
+
+impl Commit {
+    const BYTES: usize = 24;
+
+    fn bytes(self) -> [u8; Commit::BYTES] {
+        let mut bytes = [0; Commit::BYTES];
+        for (eight, number) in bytes.chunks_exact_mut(8).zip([self.at.0, self.generation, self.steps]) {
+            eight.copy_from_slice(&number.to_le_bytes());
+        }
+        bytes
+    }
+
+    fn read(bytes: &[u8; Commit::BYTES]) -> Commit {
+        let number =
+            |at: usize| bytes[at..].iter().take(8).rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        Commit { at: Mark(number(0)), generation: number(8), steps: number(16) }
+    }
+}
+
+/// Every step that a worker has committed so far.
+pub(super) fn commits(file: &Path) -> Result<Vec<Commit>> {
+    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    // What is behind the last whole one is being written.
+    Ok(bytes.as_chunks().0.iter().map(Commit::read).collect())
 }
 
 /// What it is told later.
@@ -104,7 +141,7 @@ pub(super) fn play() -> Result<()> {
     let mut gradient = vec![0f32; setup.summed];
     let mut trainer = Trainer::join(options, &state)?;
     let tell_at = Arc::new(AtomicU64::new(u64::MAX));
-    let progress = Progress::new(&setup.journal, Arc::clone(&tell_at))?;
+    let progress = Progress::new(&setup, Arc::clone(&tell_at))?;
     obey(trainer.handle(), Arc::clone(&progress.steps), tell_at)?;
     train(&mut trainer, &mut state, &mut gradient, setup.step, progress)?;
     say(&WorkerSays::Ended { why: format!("{:?}", trainer.end()) })
@@ -166,6 +203,7 @@ fn obey(handle: Handle, steps: Arc<AtomicU64>, tell_at: Arc<AtomicU64>) -> Resul
 /// What was committed, and when.
 struct Progress {
     journal: File,
+    commits: Option<File>,
     steps: Arc<AtomicU64>,
     tell_at: Arc<AtomicU64>,
     /// The world of the last step.
@@ -175,15 +213,21 @@ struct Progress {
 }
 
 impl Progress {
-    fn new(journal: &Path, tell_at: Arc<AtomicU64>) -> Result<Progress> {
-        let journal = File::create(journal).with_context(|| format!("cannot write {}", journal.display()))?;
+    fn new(setup: &WorkerSetup, tell_at: Arc<AtomicU64>) -> Result<Progress> {
+        let create =
+            |file: &Path| File::create(file).with_context(|| format!("cannot write {}", file.display()));
+        let journal = create(&setup.journal)?;
+        let commits = setup.commits.as_deref().map(create).transpose()?;
         let recent = VecDeque::with_capacity(RECENT_STEPS);
-        Ok(Progress { journal, steps: Arc::default(), tell_at, generation: 0, recent })
+        Ok(Progress { journal, commits, steps: Arc::default(), tell_at, generation: 0, recent })
     }
 
     fn committed(&mut self, generation: u64, size: u32, steps: u64) -> Result<()> {
         let at = Mark::now();
         self.journal.write_all_at(&steps.to_le_bytes(), 0)?;
+        if let Some(commits) = &mut self.commits {
+            commits.write_all(&Commit { at, generation, steps }.bytes())?;
+        }
         let steps_before = self.steps.swap(steps, Ordering::Relaxed);
         if generation != self.generation {
             let before = self.before(steps_before);
@@ -207,5 +251,16 @@ impl Progress {
         let pairs = self.recent.iter().zip(self.recent.iter().skip(1));
         let median_step_ns = median(pairs.map(|(a, b)| b.since(*a).as_nanos() as f64)).unwrap_or(0.0) as u64;
         Some(Before { steps, at, median_step_ns })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commits_are_read_as_they_are_written() {
+        let commit = Commit { at: Mark(0x0102_0304_0506_0708), generation: 3, steps: u64::MAX };
+        assert_eq!(Commit::read(&commit.bytes()), commit);
     }
 }

@@ -23,6 +23,10 @@ fn conflict(times: (u64, u64), expected: u64) -> Operation {
     save(1, times.0, Some(times.1), expected, "never", Outcome::Conflict)
 }
 
+fn not_leader(times: (u64, u64), expected: u64, value: &str) -> Operation {
+    save(1, times.0, Some(times.1), expected, value, Outcome::NotLeader)
+}
+
 fn save(
     epoch: u64,
     called_us: u64,
@@ -36,7 +40,7 @@ fn save(
 }
 
 fn loaded(times: (u64, u64), revision: u64, value: &str) -> Operation {
-    operation(times.0, Some(times.1), Act::Load { revision, value: value.to_owned() })
+    operation(times.0, Some(times.1), Act::Load { revision, value: value.to_owned(), epoch: 0 })
 }
 
 fn is_of_a_register(operations: &[Operation]) -> bool {
@@ -103,7 +107,8 @@ fn one_revision_for_two_records_is_seen() {
 
 #[test]
 fn a_conflict_without_another_record_is_seen() {
-    assert!(!is_of_a_register(&[saved((1, 2), 0, "a", 10), conflict((3, 4), 10)]));
+    let conflict_with_nothing = [saved((1, 2), 0, "a", 10), conflict((3, 4), 10), loaded((5, 6), 10, "a")];
+    assert!(!is_of_a_register(&conflict_with_nothing));
     assert!(is_of_a_register(&[saved((1, 2), 0, "a", 10), conflict((3, 4), 9)]));
 }
 
@@ -116,6 +121,14 @@ fn a_save_after_the_loss_of_leadership_is_seen() {
     ]));
     // At the same time, but nothing can be put before what the later leader did.
     assert!(!is_of_a_register(&[saved_by(9, (1, 5), 0, "a", 10), saved_by(5, (2, 6), 10, "b", 12)]));
+}
+
+#[test]
+fn a_save_after_a_later_leader_has_read_is_seen() {
+    let read = |epoch| operation(3, Some(4), Act::Load { revision: 10, value: "a".to_owned(), epoch });
+    let history = |read| [saved_by(5, (1, 2), 0, "a", 10), read, saved_by(5, (5, 6), 10, "b", 12)];
+    assert!(is_of_a_register(&history(read(5))));
+    assert!(!is_of_a_register(&history(read(9))));
 }
 
 #[test]
@@ -178,6 +191,32 @@ fn a_conflict_may_come_from_a_save_whose_outcome_is_unknown() {
         unknown(3, 10, "b"),
         conflict((5, 6), 10),
         loaded((7, 8), 10, "a"),
+    ]));
+}
+
+#[test]
+fn a_save_that_is_refused_may_have_been_taken_when_it_was_first_sent_but_not_after_the_answer() {
+    let refusals = [conflict((3, 6), 10), not_leader((3, 6), 10, "never")];
+    for refused in refusals {
+        let first = || saved((1, 2), 0, "a", 10);
+        assert!(is_of_a_register(&[first(), refused.clone(), loaded((7, 8), 11, "never")]));
+        assert!(!is_of_a_register(&[
+            first(),
+            refused.clone(),
+            saved_by(2, (7, 8), 10, "b", 12),
+            loaded((9, 10), 12, "never"),
+        ]));
+        assert!(!is_of_a_register(&[
+            first(),
+            refused,
+            loaded((7, 8), 10, "a"),
+            loaded((9, 10), 11, "never")
+        ]));
+    }
+    assert!(is_of_a_register(&[
+        saved((1, 2), 0, "a", 10),
+        not_leader((3, 4), 10, "never"),
+        loaded((5, 6), 10, "a")
     ]));
 }
 
