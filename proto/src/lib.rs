@@ -34,7 +34,8 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/reknit.
 pub const PROTOCOL: u32 = 1;
 
 /// The gRPC metadata in which a coordinator that does not lead names the URL of the one that does: with an error, the call
-/// is to be put there; with an answer, a fresher one is to be had there.
+/// is to be put there; with an answer, a fresher one is to be had there. Empty with an answer from a coordinator that does not
+/// lead and does not know who does.
 pub const LEADER_KEY: &str = "reknit-leader";
 
 pub mod inspect;

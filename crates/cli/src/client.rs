@@ -134,7 +134,9 @@ impl Connection {
                 Ok(Ok(response)) => match leader(response.metadata()) {
                     None => return Round::Answered(response.into_inner()),
                     Some(leader) => {
-                        left.push_front(leader);
+                        if !leader.is_empty() {
+                            left.push_front(leader);
+                        }
                         last = Round::Answered(response.into_inner());
                     }
                 },

@@ -3,7 +3,7 @@
 //! The counts by kind are what proves rule D-5: while a world runs, only renewals rise, and those by time, not by step.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use reknit_membership::Event;
 
@@ -32,6 +32,7 @@ pub struct Counters {
     received: [AtomicU64; KINDS.len()],
     sent: AtomicU64,
     saves: AtomicU64,
+    members: AtomicUsize,
 }
 
 impl Counters {
@@ -66,6 +67,22 @@ impl Counters {
     /// A record was saved.
     pub fn saved(&self) {
         self.saves.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many members all jobs have at present, heard or not.
+    pub(crate) fn members(&self) -> usize {
+        self.members.load(Ordering::Relaxed)
+    }
+
+    /// A job that had so many members has another number now.
+    pub(crate) fn members_changed(&self, before: usize, after: usize) {
+        self.members.fetch_add(after, Ordering::Relaxed);
+        self.members.fetch_sub(before, Ordering::Relaxed);
+    }
+
+    /// How much members have said.
+    pub(crate) fn heard(&self) -> u64 {
+        self.received.iter().map(|count| count.load(Ordering::Relaxed)).sum()
     }
 
     /// What members sent, by kind.

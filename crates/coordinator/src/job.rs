@@ -253,8 +253,11 @@ pub fn job_task(known: Known, surroundings: Surroundings) -> (JobHandle, impl Fu
     let job = Job::restore(known.record, surroundings.timing, surroundings.limits.members, now);
     let closed = Arc::new(AtomicBool::new(matches!(job.phase(), PhaseName::Closed(_))));
     let pulse = surroundings.timing.silence / PULSES_PER_SILENCE;
+    let counted = job.member_count();
+    surroundings.counters.members_changed(0, counted);
     let task = JobTask {
         job,
+        counted,
         pulse,
         next_pulse: Instant::now() + pulse,
         attended: false,
@@ -272,6 +275,8 @@ pub fn job_task(known: Known, surroundings: Surroundings) -> (JobHandle, impl Fu
 
 struct JobTask {
     job: Job,
+    /// How many members of it the counters know of.
+    counted: usize,
     /// How often it wakes at the least.
     pulse: Duration,
     next_pulse: Instant,
@@ -470,7 +475,13 @@ impl JobTask {
                 tokio::task::yield_now().await;
             }
         }
+        self.count_members(self.job.member_count());
         Life::GoesOn
+    }
+
+    fn count_members(&mut self, now: usize) {
+        self.around.counters.members_changed(self.counted, now);
+        self.counted = now;
     }
 
     /// Does what the core wants done. Returns what follows from it.
@@ -513,6 +524,7 @@ impl JobTask {
 
 impl Drop for JobTask {
     fn drop(&mut self) {
+        self.count_members(0);
         if std::thread::panicking() {
             tracing::error!(job = %self.job_id(), "the job's task has failed; it is taken up again from its record");
         }

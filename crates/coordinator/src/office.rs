@@ -72,10 +72,10 @@ impl Office {
         status
     }
 
-    /// Names the leader in the metadata, if it is another one.
+    /// Names the leader in the metadata, if it is another one; with nothing, if none is known.
     pub(crate) fn redirect(&self, metadata: &mut tonic::metadata::MetadataMap) {
-        if let Standing::Following { leader: Some(leader), .. } = &*self.standing.borrow()
-            && let Ok(leader) = MetadataValue::try_from(leader)
+        if let Standing::Following { leader, .. } = &*self.standing.borrow()
+            && let Ok(leader) = MetadataValue::try_from(leader.as_deref().unwrap_or_default())
         {
             metadata.insert(reknit_proto::LEADER_KEY, leader);
         }
@@ -108,6 +108,20 @@ pub(crate) struct Election {
     lease: Duration,
     standing: watch::Sender<Standing>,
 }
+
+/// How a time of leading ends.
+enum End {
+    /// The lease is gone.
+    Lost(Lost),
+    /// Nobody is heard any more.
+    Unheard,
+    /// The server stops.
+    Stopped,
+}
+
+/// For which part of the time that a silent member may live a leader may hear nobody, and how often it looks in that time.
+const UNHEARD_SHARE: f64 = 0.7;
+const UNHEARD_LOOKS: u32 = 20;
 
 /// How long to wait before etcd is asked again when it does not answer.
 const ETCD_RETRY: Duration = Duration::from_millis(200);
@@ -147,7 +161,7 @@ impl Election {
         loop {
             match self.try_for_the_lead().await {
                 Ok(Some(reign)) => return reign,
-                Ok(None) => tokio::time::sleep(LOOK_PAUSE).await,
+                Ok(None) => {}
                 Err(why) => {
                     let text = source_text(&why);
                     self.follows(None, Some(text.clone()));
@@ -173,16 +187,26 @@ impl Election {
             return Ok(None);
         }
         self.follows(Some(leader.url.clone()), None);
-        tokio::select! {
-            () = self.candidate.changed(seen) => {}
-            // A watch may miss what it was set for.
-            () = tokio::time::sleep(self.lease) => {}
-            () = self.until_dead(&leader) => {
-                self.candidate.depose(&leader).await;
-                return Ok(self.candidate.campaign().await?.ok());
+        // How long it has been silent goes on while the key is looked at.
+        let mut dead = std::pin::pin!(self.until_dead(&leader));
+        let mut seen = seen;
+        loop {
+            tokio::select! {
+                () = self.candidate.changed(seen) => {}
+                // A watch may miss what it was set for.
+                () = tokio::time::sleep(self.lease) => {}
+                () = &mut dead => {
+                    self.candidate.depose(&leader).await;
+                    return Ok(self.candidate.campaign().await?.ok());
+                }
             }
+            tokio::time::sleep(LOOK_PAUSE).await;
+            let (now, seen_now) = self.candidate.leader().await?;
+            if now.as_ref() != Some(&leader) {
+                return Ok(None);
+            }
+            seen = seen_now;
         }
-        Ok(None)
     }
 
     /// Returns when the leader's process is gone, or is silent and has not renewed its lease.
@@ -237,24 +261,70 @@ impl Election {
         tracing::info!(epoch = epoch.0, "leading");
         self.standing.send_replace(Standing::Leading(Box::new(jobs.clone())));
         let taking_up = tokio::spawn(take_up(jobs.clone()));
-        let lost = tokio::select! {
+        let end = tokio::select! {
             biased;
-            lost = self.candidate.renew(&mut reign) => Some(lost),
-            () = jobs.was_deposed() => Some(Lost::Taken),
-            _ = stop => None,
+            lost = self.candidate.renew(&mut reign) => End::Lost(lost),
+            () = jobs.was_deposed() => End::Lost(Lost::Taken),
+            () = self.unheard() => End::Unheard,
+            _ = &mut *stop => End::Stopped,
         };
         taking_up.abort();
-        let Some(lost) = lost else {
-            jobs.stop().await;
-            // Others take over as soon as they see it.
-            self.candidate.resign(&reign).await;
-            self.follows(None, Some("this coordinator is stopping".to_owned()));
-            return None;
-        };
-        tracing::warn!(epoch = epoch.0, ?lost, "leading no more");
-        self.follows(None, Some("the leader's lease was lost a moment ago".to_owned()));
-        jobs.abandon().await;
-        Some(())
+        match end {
+            End::Stopped => {
+                jobs.stop().await;
+                // Others take over as soon as they see it.
+                self.candidate.resign(&reign).await;
+                self.follows(None, Some("this coordinator is stopping".to_owned()));
+                None
+            }
+            End::Lost(lost) => {
+                tracing::warn!(epoch = epoch.0, ?lost, "leading no more");
+                self.follows(None, Some("the leader's lease was lost a moment ago".to_owned()));
+                jobs.abandon().await;
+                Some(())
+            }
+            End::Unheard => {
+                tracing::warn!(
+                    epoch = epoch.0,
+                    "none of several members is heard any more: this coordinator is cut off from them, most likely; another one \
+                     may lead"
+                );
+                self.follows(None, Some("the leader could hear no member".to_owned()));
+                jobs.abandon().await;
+                self.candidate.resign(&reign).await;
+                // If there is no other one that can, this one tries again; members have a new time to come back then.
+                tokio::select! {
+                    () = tokio::time::sleep(self.lease) => Some(()),
+                    _ = stop => None,
+                }
+            }
+        }
+    }
+
+    /// Returns when there are several members, and none of them has said anything for most of the time that a silent member
+    /// may live, although some had since this server leads. That all of them die at once is less likely than that this
+    /// server is cut off from them: it makes way before it takes them for dead. The next leader gives them time to come,
+    /// and believes what it sees.
+    async fn unheard(&self) {
+        let counters = &self.around.counters;
+        let patience = self.around.timing.silence.mul_f64(UNHEARD_SHARE);
+        let look_every = self.around.timing.silence / UNHEARD_LOOKS;
+        let at_first = counters.heard();
+        let mut heard = at_first;
+        let mut since = Instant::now();
+        let mut looked = Instant::now();
+        loop {
+            tokio::time::sleep(look_every).await;
+            // Who was held up itself has not listened.
+            let was_held_up = looked.elapsed() > look_every * 2;
+            looked = Instant::now();
+            let now = counters.heard();
+            if now != heard || now == at_first || counters.members() < 2 || was_held_up {
+                (heard, since) = (now, looked);
+            } else if since.elapsed() >= patience {
+                return;
+            }
+        }
     }
 }
 

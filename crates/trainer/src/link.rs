@@ -281,8 +281,8 @@ fn ended_by(status: &tonic::Status) -> Ended {
             Ended::Rejected(status.message().to_owned())
         }
         _ => match status.metadata().get(reknit_proto::LEADER_KEY).and_then(|leader| leader.to_str().ok()) {
-            Some(leader) => Ended::Elsewhere(leader.to_owned()),
-            None => gone(root(status)),
+            Some(leader) if !leader.is_empty() => Ended::Elsewhere(leader.to_owned()),
+            Some(_) | None => gone(root(status)),
         },
     }
 }

@@ -247,23 +247,16 @@ impl Fleet {
         coordinators.chain(&self.workers).map(last).collect::<Vec<_>>().join(" / ")
     }
 
-    /// Runs a command line as an operator would, with all coordinators named; first of all those that say they lead, for
-    /// one that is cut off from the store does not know who does.
+    /// Runs a command line as an operator would, with all coordinators named.
     ///
     /// # Errors
     /// If it fails; what it said.
     pub fn reknit(&self, args: &[&str]) -> Result<String, String> {
-        let roles = self.roles();
-        let mut urls: Vec<(bool, String)> = (self.urls().into_iter().zip(roles))
-            .map(|(url, says)| (!says.is_some_and(|says| says.leads()), url))
-            .collect();
-        urls.sort();
-        let urls: Vec<String> = urls.into_iter().map(|(_, url)| url).collect();
         let output = self
             .net
             .command(Node::Operator, programs().join("reknit"))
             .args(args)
-            .args(["--coordinator", &urls.join(",")])
+            .args(["--coordinator", &self.urls().join(",")])
             .output()
             .unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

@@ -6,7 +6,7 @@
 //! {"at_us":N,"pid":P,"op":"save","id":K,"job":"J","expected":R,"value":"HEX","generation":G,"epoch":E}
 //! {"at_us":N,"pid":P,"op":"saved","id":K,"revision":R}
 //! {"at_us":N,"pid":P,"op":"failed","id":K,"why":"conflict"|"not_leader"|"unavailable"|"corrupt"}
-//! {"at_us":N,"pid":P,"op":"load","id":K,"job":"J"}
+//! {"at_us":N,"pid":P,"op":"load","id":K,"job":"J","epoch":E}
 //! {"at_us":N,"pid":P,"op":"loaded","id":K,"revision":R,"value":"HEX"}
 //! {"at_us":N,"pid":P,"op":"tell","job":"J","member":"M","kind":"world","generation":G,"revision":R,"epoch":E}
 //! ```
@@ -139,7 +139,8 @@ impl Store for Recorded {
         let job = job.clone();
         Box::pin(async move {
             let id = self.recorder.id();
-            self.recorder.line(&format!("\"op\":\"load\",\"id\":{id},\"job\":\"{job}\""));
+            let epoch = self.epoch.0;
+            self.recorder.line(&format!("\"op\":\"load\",\"id\":{id},\"job\":\"{job}\",\"epoch\":{epoch}"));
             let loaded = self.store.load(&job).await;
             let shown = loaded.as_ref().map(|saved| match saved {
                 Some(saved) => (saved.revision, format!(",\"value\":\"{}\"", digest(&saved.value))),
