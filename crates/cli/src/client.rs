@@ -142,7 +142,9 @@ impl Connection {
                 },
                 Ok(Err(status)) => match leader(status.metadata()) {
                     Some(leader) => {
-                        left.push_front(leader);
+                        if !leader.is_empty() {
+                            left.push_front(leader);
+                        }
                         last.or(Round::Leaderless(status));
                     }
                     None if status.code() == Code::Unavailable => last.or(Round::Leaderless(status)),
