@@ -6,6 +6,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
 #![allow(clippy::print_stderr, reason = "a test that is passed over says so")]
 
+mod common;
+
 use std::io::Read as _;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -14,7 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use etcd_client::{Client, Permission, PermissionType};
+use common::Authority;
+use etcd_client::{
+    Certificate, Client, CompactionOptions, ConnectOptions, Identity, Permission, PermissionType, TlsOptions,
+};
 use reknit_coordinator::etcd::{EtcdAddress, EtcdCredentials, EtcdError};
 use reknit_coordinator::store::{Etcd, Revision, Store, StoreError, contract};
 use reknit_membership::JobId;
@@ -30,11 +35,17 @@ struct Real {
     child: Child,
     dir: tempfile::TempDir,
     node: String,
+    /// How it is talked to, if it speaks TLS.
+    tls: Option<TlsOptions>,
 }
 
 impl Real {
     /// Starts one, if there is a program to start.
     async fn start(args: &[&str]) -> Option<Real> {
+        Real::start_with(args, None).await
+    }
+
+    async fn start_with(args: &[&str], tls: Option<TlsOptions>) -> Option<Real> {
         let program = std::env::var_os("REKNIT_ETCD").map_or_else(|| PathBuf::from("etcd"), PathBuf::from);
         let there = Command::new(&program).arg("--version").stdout(Stdio::null()).status().is_ok();
         if !there {
@@ -45,7 +56,10 @@ impl Real {
         // Ports that are free now; somebody else may take one before etcd does.
         for _ in 0..10 {
             let dir = tempfile::tempdir().unwrap();
-            let [client, peer] = [free_port(), free_port()].map(|port| format!("http://127.0.0.1:{port}"));
+            let [client, peer] = [free_port(), free_port()].map(|port| format!("127.0.0.1:{port}"));
+            let node = client.clone();
+            let client = format!("{}://{client}", if tls.is_some() { "https" } else { "http" });
+            let peer = format!("http://{peer}");
             let child = Command::new(&program)
                 .args(["--data-dir", dir.path().join("etcd").to_str().unwrap()])
                 .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
@@ -56,7 +70,7 @@ impl Real {
                 .stderr(std::fs::File::create(dir.path().join("etcd.log")).unwrap())
                 .spawn()
                 .unwrap();
-            let mut real = Real { child, dir, node: client.replace("http://", "") };
+            let mut real = Real { child, dir, node, tls: tls.clone() };
             if real.serves().await {
                 return Some(real);
             }
@@ -85,7 +99,9 @@ impl Real {
     }
 
     async fn client(&self) -> Result<Client, etcd_client::Error> {
-        Client::connect([&self.node], None).await
+        let options = self.tls.clone().map(|tls| ConnectOptions::new().with_tls(tls));
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        Client::connect([format!("{scheme}://{}", self.node)], options).await
     }
 
     fn address(&self) -> EtcdAddress {
@@ -302,4 +318,62 @@ async fn a_user_is_who_the_password_says_and_may_do_what_etcd_allows() {
         let opened = lead(user, password).await.map(|_| ());
         assert!(matches!(opened, Err(EtcdError::Denied(_))), "{user:?}: {opened:?}");
     }
+}
+
+#[tokio::test]
+async fn an_etcd_that_speaks_tls_is_checked_and_shown_a_certificate() {
+    let (authority, dir) = (Authority::new(), tempfile::tempdir().unwrap());
+    let files = authority.files(dir.path(), true);
+    let ca = files.client_ca.clone().unwrap();
+    let text = |path: &std::path::Path| std::fs::read_to_string(path).unwrap();
+    let tls = TlsOptions::new()
+        .ca_certificate(Certificate::from_pem(&authority.pem))
+        .identity(Identity::from_pem(text(&files.cert), text(&files.key)));
+    let [cert, key, trusted] = [&files.cert, &files.key, &ca].map(|path| path.to_str().unwrap());
+    let args = ["--cert-file", cert, "--key-file", key, "--client-cert-auth", "--trusted-ca-file", trusted];
+    let Some(etcd) = Real::start_with(&args, Some(tls)).await else { return };
+
+    let at = EtcdAddress::parse(&format!("etcds://{}/test", etcd.node)).unwrap().unwrap();
+    let credentials = EtcdCredentials {
+        ca: Some(ca.clone()),
+        cert: Some(files.cert.clone()),
+        key: Some(files.key.clone()),
+        ..EtcdCredentials::default()
+    };
+    contract::check(&Etcd::lead(at.clone(), credentials.clone(), LEASE).await.unwrap()).await;
+
+    let refused = async |address: EtcdAddress, credentials: EtcdCredentials| {
+        let why = Etcd::lead(address, credentials, LEASE).await.map(drop).unwrap_err();
+        assert!(matches!(why, EtcdError::Unreachable { .. } | EtcdError::File { .. }), "{why}");
+        why.to_string()
+    };
+    // Without a certificate to show, with another authority to check by, in the clear, and with a file that is not there.
+    let bare = EtcdCredentials { cert: None, key: None, ..credentials.clone() };
+    refused(at.clone(), bare).await;
+    let other = dir.path().join("other.pem");
+    std::fs::write(&other, Authority::new().pem).unwrap();
+    let why = refused(at.clone(), EtcdCredentials { ca: Some(other), ..credentials.clone() }).await;
+    assert!(why.contains("certificate"), "{why}");
+    refused(address(&etcd.node), EtcdCredentials::default()).await;
+    let why = refused(at, EtcdCredentials { ca: Some("/no/such/file".into()), ..credentials }).await;
+    assert!(why.contains("/no/such/file"), "{why}");
+}
+
+#[tokio::test]
+async fn a_watch_that_is_compacted_away_is_only_a_hint() {
+    let Some(etcd) = Real::start(&[]).await else { return };
+    let short = Duration::from_secs(1);
+    let old = Etcd::lead(etcd.address(), EtcdCredentials::default(), short).await.unwrap();
+    let mut client = etcd.client().await.unwrap();
+    let compacting = tokio::spawn(async move {
+        loop {
+            let now = client.put("busy", "busy", None).await.unwrap().header().unwrap().revision();
+            let _ = client.compact(now, Some(CompactionOptions::new().with_physical())).await;
+        }
+    });
+    // It waits for the leader's key by watching from a revision that is gone, and by looking.
+    let new = tokio::time::timeout(PATIENCE, etcd.lead()).await.unwrap();
+    compacting.abort();
+    assert!(new.epoch() > old.epoch());
+    new.save(&job("a"), Revision(0), b"x".to_vec()).await.unwrap();
 }

@@ -44,6 +44,10 @@ fn most_of_the_store_stands_still_and_training_goes_on_all_the_while() {
     let stopped = [leader, (leader + 1) % SERVERS];
     stopped.iter().for_each(|index| fleet.etcd().0.signal(*index, Signal::STOP));
     fleet.trains_for(outage(), STILL_MOST);
+    // Nobody leads by now; what was saved is shown, and how old it is.
+    let shown = fleet.status().unwrap();
+    assert!(shown["saved_age_ms"].as_u64().is_some_and(|age| age > 0), "{shown}");
+    assert_eq!(shown["generation"], generation);
     stopped.iter().for_each(|index| fleet.etcd().0.signal(*index, Signal::CONT));
     fleet.leader();
     assert_eq!(fleet.all_train(), generation);

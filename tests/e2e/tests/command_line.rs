@@ -41,6 +41,34 @@ fn a_store_that_cannot_be_written_is_told_with_its_directory() {
 }
 
 #[test]
+fn an_etcd_that_cannot_be_used_is_told_before_anything_is_served() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let serve = |args: &[&str]| reknit(&[&["serve", "--listen", "127.0.0.1:7069"], args].concat());
+    let nobody = serve(&["--store", &format!("etcd://{free}")]);
+    assert_eq!(nobody.code, 3, "{nobody:?}");
+    assert!(
+        nobody.stderr.contains("no node of etcd answers") && has_hint(&nobody.stderr),
+        "{}",
+        nobody.stderr
+    );
+    for (args, said) in [
+        (&["--store", "etcd://host"][..], "etcd://HOST:2379"),
+        (&["--store", "postgres://host:1"], "no store"),
+        (&["--store", "etcd://host:1", "--advertise", "host:1"], "no URL"),
+        (&["--store", "etcd://host:1", "--lease", "100ms"], "out of range"),
+        (&["--store", "etcd://host:1", "--listen", "127.0.0.1:0"], "--advertise"),
+        (&["--store", "etcd://host:1", "--etcd-user", "me"], "--etcd-password-file"),
+    ] {
+        let ran = serve(args);
+        assert_eq!(ran.code, 2, "{args:?}: {ran:?}");
+        assert!(ran.stderr.contains(said), "{args:?}: {}", ran.stderr);
+    }
+    let lost = serve(&["--store", &format!("etcds://{free}"), "--etcd-ca", "/no/such/file"]);
+    assert_eq!(lost.code, 2, "{lost:?}");
+    assert!(lost.stderr.contains("/no/such/file") && has_hint(&lost.stderr), "{}", lost.stderr);
+}
+
+#[test]
 fn a_corrupt_store_is_told_and_left_as_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("reknit.redb");
