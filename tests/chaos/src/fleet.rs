@@ -40,6 +40,8 @@ pub struct Make {
     pub etcd: etcd::Make,
     /// What else a coordinator's environment has.
     pub environment: Vec<(String, String)>,
+    /// After how many steps workers make a checkpoint; 20 if it is not said.
+    pub checkpoint_every: Option<u64>,
     /// By how much the coordinators' monotonic clocks are ahead of the machine's.
     pub ahead: [Duration; COORDINATORS],
 }
@@ -175,7 +177,11 @@ impl Fleet {
             .args(["--min", "1", "--max", "8", "--steps", "100000000", "--step-ms", "20"])
             .args(["--listen", &format!("{host}:0"), "--advertise", &host])
             // Each checkpoint is a save, and something that members are told.
-            .args(["--checkpoint-every", "20", "--checkpoints"])
+            .args([
+                "--checkpoint-every",
+                &self.make.checkpoint_every.unwrap_or(20).to_string(),
+                "--checkpoints",
+            ])
             .arg(checkpoints)
             .arg("--evidence")
             .arg(evidence)

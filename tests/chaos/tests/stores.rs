@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use reknit_chaos::etcd::{self, SERVERS};
-use reknit_chaos::fleet::{Fleet, LEASE, Make};
+use reknit_chaos::fleet::{Fleet, LEASE, Make, SILENCE};
 use reknit_e2e::eventually;
 use rustix::process::Signal;
 
@@ -95,5 +95,34 @@ fn a_store_that_takes_nothing_any_more_holds_up_what_is_saved_but_not_training()
     assert_eq!(fleet.all_train(), generation);
     fleet.saves_after(fleet.newest_checkpoint());
     fleet.trains_on();
+    fleet.end();
+}
+
+#[test]
+fn a_change_of_world_costs_three_transactions_at_most_and_renewed_leases_none() {
+    // Each checkpoint would be a transaction of its own.
+    let Some(fleet) = Fleet::start(Make { checkpoint_every: Some(1 << 40), ..Make::default() }) else {
+        return;
+    };
+    let leader = fleet.leader();
+    let asked = || fleet.roles()[leader.index].as_ref().unwrap().store_transactions;
+    let settled = || {
+        // The first step of a world is written down as well.
+        fleet.trains_for(Duration::from_secs(1), STILL_MOST);
+        asked()
+    };
+    let before = settled();
+    // Every worker renews its lease a good many times.
+    fleet.trains_for(SILENCE, STILL_MOST);
+    assert_eq!(asked(), before);
+    let generation = fleet.all_train();
+    for most in ["3", "4"] {
+        fleet.reknit(&["resize", "job", "--min", "2", "--max", most]).unwrap();
+        fleet.trains_with(most.parse().unwrap());
+    }
+    assert_eq!(fleet.all_train(), generation + 2);
+    // What the operator has asked for is a promise, and so a transaction, too.
+    assert_eq!(settled(), before + 2 * (3 + 1));
+    assert_eq!(fleet.leader(), leader);
     fleet.end();
 }
