@@ -1,6 +1,7 @@
 //! The service for those who look.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use reknit_membership::JobId;
@@ -21,12 +22,12 @@ use crate::rendezvous::open_status;
 
 pub(crate) struct InspectService {
     office: Office,
-    records: Records,
+    records: Arc<Records>,
 }
 
 impl InspectService {
-    pub(crate) fn new(office: Office) -> InspectService {
-        InspectService { office, records: Records::default() }
+    pub(crate) fn new(office: Office, records: Arc<Records>) -> InspectService {
+        InspectService { office, records }
     }
 
     /// An answer from what is saved, which says where a fresher one is to be had.

@@ -144,6 +144,11 @@ impl Election {
         (Election { candidate, cluster, around, recorder, peers, lease, standing }, office)
     }
 
+    /// How long a silent leader leads on.
+    pub(crate) fn lease(&self) -> Duration {
+        self.lease
+    }
+
     /// Follows and leads by turns until `stop` is ready; then hands over, if this server leads.
     pub(crate) async fn run(self, mut stop: oneshot::Receiver<()>) {
         loop {

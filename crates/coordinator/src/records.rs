@@ -16,6 +16,8 @@ use crate::job::{Surroundings, source_text};
 use crate::store::StoreError;
 
 /// The records of jobs as they were last read.
+///
+/// They are read again and again while all is well, so that there is something to show when the store is away.
 #[derive(Default)]
 pub(crate) struct Records {
     read: Mutex<BTreeMap<JobId, Read>>,
@@ -26,6 +28,9 @@ struct Read {
     record: JobRecord,
     at: Instant,
 }
+
+/// For how many times as long as a reading of all takes the store is left alone.
+const IDLE_PER_READING: u32 = 20;
 
 /// How long the store may take before what was read earlier is shown.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -42,21 +47,41 @@ impl Records {
             Ok(None) => return Err(no_such_job(job)),
             Ok(Some(saved)) => match reknit_proto::record::decode(&saved.value) {
                 Ok((record, _)) => {
-                    let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
-                    if read.len() < around.limits.jobs || read.contains_key(job) {
-                        read.insert(job.clone(), Read { record: record.clone(), at: began });
-                    }
+                    self.with(|read| {
+                        if read.len() < around.limits.jobs || read.contains_key(job) {
+                            read.insert(job.clone(), Read { record: record.clone(), at: began });
+                        }
+                    });
                     return Ok((record, began.elapsed()));
                 }
                 Err(why) => return Err(Status::data_loss(format!("the job's record cannot be read: {why}"))),
             },
             Err(why) => why,
         };
-        let earlier = self.read.lock().unwrap_or_else(PoisonError::into_inner).get(job).cloned();
-        match earlier {
+        match self.with(|read| read.get(job).cloned()) {
             Some(Read { record, at }) => Ok((record, at.elapsed())),
             None => Err(Status::unavailable(source_text(&why))),
         }
+    }
+
+    /// Reads them all again and again, for ever; the more there are, the more seldom.
+    pub(crate) async fn keep_reading(&self, around: &Surroundings, every: Duration) {
+        loop {
+            let began = Instant::now();
+            if let Ok(Ok(jobs)) = tokio::time::timeout(PATIENCE, around.store.jobs()).await {
+                self.with(|read| read.retain(|job, _| jobs.contains(job)));
+                for job in jobs.iter().take(around.limits.jobs) {
+                    // What cannot be read is shown as it was.
+                    let _ = self.read(around, job).await;
+                }
+            }
+            tokio::time::sleep(every.max(began.elapsed() * IDLE_PER_READING)).await;
+        }
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut BTreeMap<JobId, Read>) -> T) -> T {
+        // Each is put in by one move.
+        act(&mut self.read.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The job's status, as far as it is saved: without leases, and with the last saved step.
@@ -97,9 +122,7 @@ impl Records {
         let listed = match listing.await {
             Ok(Ok(jobs)) => jobs,
             // What was read earlier is what there is to show.
-            Ok(Err(_)) | Err(_) => {
-                self.read.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
-            }
+            Ok(Err(_)) | Err(_) => self.with(|read| read.keys().cloned().collect()),
         };
         let mut jobs = Vec::new();
         let mut oldest = Duration::ZERO;

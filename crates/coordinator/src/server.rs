@@ -26,6 +26,7 @@ use crate::jobs::Jobs;
 use crate::listen::{Acceptance, connections};
 use crate::office::{Election, Office};
 use crate::operate::OperateService;
+use crate::records::Records;
 use crate::reload::watched;
 use crate::rendezvous::RendezvousService;
 use crate::store::recorded::{Recorded, Recorder};
@@ -110,6 +111,14 @@ enum Rule {
 }
 
 impl Rule {
+    /// How often what others have saved is read, if there are others.
+    fn reads_every(&self) -> Option<Duration> {
+        match self {
+            Rule::Alone(_) => None,
+            Rule::Elected(election) => Some(election.lease()),
+        }
+    }
+
     /// Plays its part until `stop` is ready, and then comes to an orderly end.
     async fn run(self, stop: oneshot::Receiver<()>) {
         match self {
@@ -210,10 +219,15 @@ impl Server {
             health.set_service_status(service, ServingStatus::Serving).await;
         }
 
+        let records = Arc::new(Records::default());
+        let reading = self.rule.reads_every().map(|every| {
+            let (records, around) = (Arc::clone(&records), self.office.around.clone());
+            tokio::spawn(async move { records.keep_reading(&around, every).await })
+        });
         let rendezvous = RendezvousServer::new(RendezvousService::new(self.office.clone()))
             .max_decoding_message_size(limits.message_bytes);
         let rendezvous = InterceptedService::new(rendezvous, self.guard.clone());
-        let inspect = InspectServer::new(InspectService::new(self.office.clone()))
+        let inspect = InspectServer::new(InspectService::new(self.office.clone(), records))
             .max_decoding_message_size(limits.message_bytes);
         let inspect = InterceptedService::new(inspect, self.guard.clone());
         let operate = OperateServer::new(OperateService::new(self.office.clone()))
@@ -256,13 +270,17 @@ impl Server {
                 Err(_) => std::future::pending().await,
             }
         };
-        tokio::select! {
+        let served = tokio::select! {
             served = serving => served.map_err(|why| grpc(Box::new(why))),
             () = patience_ends => {
                 tracing::warn!("some peers do not let go of their connections; they are cut off");
                 Ok(())
             }
+        };
+        if let Some(reading) = reading {
+            reading.abort();
         }
+        served
     }
 }
 
