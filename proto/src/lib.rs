@@ -38,6 +38,12 @@ pub const PROTOCOL: u32 = 1;
 /// lead and does not know who does.
 pub const LEADER_KEY: &str = "reknit-leader";
 
+/// Whether a client that was sent on goes there: never from a coordinator that has proved who it is to one that does not.
+pub fn may_be_sent(from: &str, to: &str) -> bool {
+    let is_secure = |url: &str| url.starts_with("https://");
+    is_secure(to) || to.starts_with("http://") && !is_secure(from)
+}
+
 pub mod inspect;
 pub mod record;
 pub mod rendezvous;

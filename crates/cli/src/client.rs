@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use reknit_proto::v1::inspect_client::InspectClient;
 use reknit_proto::v1::operate_client::OperateClient;
-use reknit_proto::{LEADER_KEY, v1};
+use reknit_proto::{LEADER_KEY, may_be_sent, v1};
 use reknit_trainer::Credentials;
 use reknit_trainer::credentials::Authorization;
 use tokio::time::Instant;
@@ -115,6 +115,8 @@ impl Connection {
     async fn round<T>(&self, ask: &impl AsyncFn(Authorized) -> Result<Response<T>, Status>) -> Round<T> {
         let mut left: VecDeque<String> = self.coordinators().collect();
         let mut asked = Vec::new();
+        // Who was sent to, not named.
+        let mut sent_to = None;
         let mut last =
             Round::Failed(failure::unreachable(&self.coordinator, anyhow::anyhow!("no address was given")));
         while let Some(coordinator) = left.pop_front() {
@@ -124,7 +126,14 @@ impl Connection {
             asked.push(coordinator.clone());
             let channel = match self.channel(&coordinator).await {
                 Ok(channel) => channel,
-                Err(Unreached::Senseless(failure)) => return Round::Failed(failure),
+                // A name that makes no sense is the user's; what one is sent to is not.
+                Err(Unreached::Senseless(failure)) if sent_to.as_ref() != Some(&coordinator) => {
+                    return Round::Failed(failure);
+                }
+                Err(Unreached::Senseless(failure)) => {
+                    last.or(Round::Failed(failure));
+                    continue;
+                }
                 Err(Unreached::Connection(why)) => {
                     last.or(Round::Failed(failure::unreachable(&self.coordinator, why)));
                     continue;
@@ -134,7 +143,8 @@ impl Connection {
                 Ok(Ok(response)) => match leader(response.metadata()) {
                     None => return Round::Answered(response.into_inner()),
                     Some(leader) => {
-                        if !leader.is_empty() {
+                        if may_be_sent(&coordinator, &leader) {
+                            sent_to = Some(leader.clone());
                             left.push_front(leader);
                         }
                         last = Round::Answered(response.into_inner());
@@ -142,7 +152,8 @@ impl Connection {
                 },
                 Ok(Err(status)) => match leader(status.metadata()) {
                     Some(leader) => {
-                        if !leader.is_empty() {
+                        if may_be_sent(&coordinator, &leader) {
+                            sent_to = Some(leader.clone());
                             left.push_front(leader);
                         }
                         last.or(Round::Leaderless(status));

@@ -73,7 +73,10 @@ impl Jobs {
             match loading.join_next().await {
                 None => return Ok(loaded),
                 Some(Ok((Ok(_), _))) => loaded += 1,
-                Some(Ok((Err(why @ OpenJobError::Record(_)), job))) => {
+                Some(Ok((
+                    Err(why @ (OpenJobError::Record(_) | OpenJobError::Store(StoreError::Corrupt(_)))),
+                    job,
+                ))) => {
                     tracing::error!(%job, error = %source_text(&why), "a job's record cannot be read: it is not served");
                 }
                 // Somebody has deleted it since it was listed.

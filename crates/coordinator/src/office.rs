@@ -4,6 +4,7 @@
 //! leader's key; else it follows, says who leads, and shows what is saved of jobs.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
@@ -14,7 +15,7 @@ use tonic::metadata::MetadataValue;
 use crate::etcd::EtcdError;
 use crate::etcd::cluster::Cluster;
 use crate::etcd::election::{Candidate, Leader, Lost, Reign};
-use crate::etcd::link::{Fate, follow};
+use crate::etcd::link::{Acquaintance, Fate, follow};
 use crate::job::{Surroundings, source_text};
 use crate::jobs::Jobs;
 use crate::store::recorded::{Recorded, Recorder};
@@ -107,6 +108,8 @@ pub(crate) struct Election {
     peers: Peers,
     lease: Duration,
     standing: watch::Sender<Standing>,
+    /// Whether it has neither followed nor led yet.
+    is_new: AtomicBool,
 }
 
 /// How a time of leading ends.
@@ -141,7 +144,8 @@ impl Election {
         let candidate = Candidate::new(Arc::clone(&cluster), url, lease);
         let (standing, seen) = watch::channel(Standing::Following { leader: None, why: None });
         let office = Office { around: around.clone(), standing: seen };
-        (Election { candidate, cluster, around, recorder, peers, lease, standing }, office)
+        let is_new = AtomicBool::new(true);
+        (Election { candidate, cluster, around, recorder, peers, lease, standing, is_new }, office)
     }
 
     /// How long a silent leader leads on.
@@ -166,11 +170,12 @@ impl Election {
         loop {
             match self.try_for_the_lead().await {
                 Ok(Some(reign)) => return reign,
-                Ok(None) => {}
+                Ok(None) => tokio::time::sleep(LOOK_PAUSE).await,
                 Err(why) => {
                     let text = source_text(&why);
-                    self.follows(None, Some(text.clone()));
-                    tracing::warn!(error = %text, "who leads is not known");
+                    if self.follows(None, Some(text.clone())) {
+                        tracing::warn!(error = %text, "who leads is not known");
+                    }
                     tokio::time::sleep(ETCD_RETRY).await;
                 }
             }
@@ -184,13 +189,23 @@ impl Election {
             return Ok(self.candidate.campaign().await?.ok());
         };
         if leader.url == self.candidate.url() {
-            tracing::warn!(
-                url = leader.url,
-                "the leader has this server's URL: an earlier start of it, most likely"
-            );
-            self.candidate.depose(&leader).await;
+            if self.is_new.swap(false, Ordering::Relaxed) {
+                tracing::warn!(
+                    url = leader.url,
+                    "the leader is an earlier start of this server: its lease is ended"
+                );
+                self.candidate.depose(&leader).await;
+            } else {
+                // Ending its lease, too, would be answered in kind.
+                tracing::error!(
+                    url = leader.url,
+                    "another coordinator is reached under this server's URL: give each one its own with --advertise"
+                );
+                tokio::time::sleep(self.lease).await;
+            }
             return Ok(None);
         }
+        self.is_new.store(false, Ordering::Relaxed);
         self.follows(Some(leader.url.clone()), None);
         // How long it has been silent goes on while the key is looked at.
         let mut dead = std::pin::pin!(self.until_dead(&leader));
@@ -216,7 +231,7 @@ impl Election {
 
     /// Returns when the leader's process is gone, or is silent and has not renewed its lease.
     async fn until_dead(&self, leader: &Leader) {
-        let mut heard = Instant::now();
+        let mut acquaintance = Acquaintance::new();
         loop {
             let endpoint = match self.peers.endpoint(&leader.url) {
                 Ok(endpoint) => endpoint,
@@ -225,7 +240,7 @@ impl Election {
                     return std::future::pending().await;
                 }
             };
-            match follow(endpoint, self.lease, &mut heard).await {
+            match follow(endpoint, self.lease, &mut acquaintance).await {
                 Fate::Gone => {
                     tracing::warn!(url = leader.url, "the leader's process is gone");
                     return;
@@ -240,7 +255,8 @@ impl Election {
         }
     }
 
-    fn follows(&self, leader: Option<String>, why: Option<String>) {
+    /// Says so to the services, and whether that is news.
+    fn follows(&self, leader: Option<String>, why: Option<String>) -> bool {
         self.standing.send_if_modified(|standing| {
             let same =
                 matches!(standing, Standing::Following { leader: l, why: w } if *l == leader && *w == why);
@@ -251,7 +267,7 @@ impl Election {
                 *standing = Standing::Following { leader, why };
             }
             !same
-        });
+        })
     }
 
     /// Leads until the lease is lost, or to the end (nothing).
@@ -264,6 +280,7 @@ impl Election {
         };
         let jobs = Jobs::new(Surroundings { store, epoch, deposed: Arc::default(), ..self.around.clone() });
         tracing::info!(epoch = epoch.0, "leading");
+        self.is_new.store(false, Ordering::Relaxed);
         self.standing.send_replace(Standing::Leading(Box::new(jobs.clone())));
         let taking_up = tokio::spawn(take_up(jobs.clone()));
         let end = tokio::select! {
@@ -312,7 +329,6 @@ impl Election {
     /// and believes what it sees.
     async fn unheard(&self) {
         let counters = &self.around.counters;
-        let patience = self.around.timing.silence.mul_f64(UNHEARD_SHARE);
         let look_every = self.around.timing.silence / UNHEARD_LOOKS;
         let at_first = counters.heard();
         let mut heard = at_first;
@@ -326,7 +342,7 @@ impl Election {
             let now = counters.heard();
             if now != heard || now == at_first || counters.members() < 2 || was_held_up {
                 (heard, since) = (now, looked);
-            } else if since.elapsed() >= patience {
+            } else if since.elapsed() >= self.around.timing.lease(counters.members()).mul_f64(UNHEARD_SHARE) {
                 return;
             }
         }

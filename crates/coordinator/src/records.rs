@@ -44,7 +44,10 @@ impl Records {
             .await
             .unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".into())))
         {
-            Ok(None) => return Err(no_such_job(job)),
+            Ok(None) => {
+                self.with(|read| read.remove(job));
+                return Err(no_such_job(job));
+            }
             Ok(Some(saved)) => match reknit_proto::record::decode(&saved.value) {
                 Ok((record, _)) => {
                     self.with(|read| {
@@ -126,8 +129,16 @@ impl Records {
         };
         let mut jobs = Vec::new();
         let mut oldest = Duration::ZERO;
+        let deadline = Instant::now() + PATIENCE;
         for job in listed.iter().filter(|job| who.covers(job)).take(around.limits.jobs) {
-            let Ok((record, age)) = self.read(around, job).await else { continue };
+            let known = match tokio::time::timeout_at(deadline, self.read(around, job)).await {
+                Ok(read) => read.ok(),
+                // The store does not answer: what is left is shown as it was read last.
+                Err(_) => {
+                    self.with(|read| read.get(job).map(|read| (read.record.clone(), read.at.elapsed())))
+                }
+            };
+            let Some((record, age)) = known else { continue };
             oldest = oldest.max(age);
             let restored = Job::restore(record, around.timing, around.limits.members, around.clock.now());
             let status = inspect::from_status(&restored.status(0), restored.member_count() as u32);

@@ -72,6 +72,8 @@ async fn live(hub: &Arc<Hub>, to: &Target, mut inbox: mpsc::UnboundedReceiver<To
     // Whether it was said that there is none, since there last was one.
     let mut said = false;
     let mut was_ever_up = false;
+    // How many have rejected this member one after the other.
+    let mut rejections = 0;
     let mut jitter = hub.look(|session| session.member().0);
     // Where it was sent by the one that it asked last.
     let mut sent_to: Option<String> = None;
@@ -84,19 +86,24 @@ async fn live(hub: &Arc<Hub>, to: &Target, mut inbox: mpsc::UnboundedReceiver<To
         let ended = attend(hub, coordinator, to, &mut inbox).await;
         let was_up = hub.look(super::session::Session::is_attached);
         was_ever_up |= was_up;
+        let is_rejected = matches!(ended, Ended::Rejected(_));
         match ended {
             Ended::Done => return hub.disconnected("the program is done".to_owned()),
             Ended::Elsewhere(leader) => {
                 hub.disconnected(format!("{coordinator} does not lead; {leader} does"));
                 // One that sends on is followed once; it may know as little as the one before.
-                if !is_sent && &leader != coordinator && is_sendable(coordinator, &leader) {
+                if !is_sent && &leader != coordinator && reknit_proto::may_be_sent(coordinator, &leader) {
                     sent_to = Some(leader);
                     continue;
                 }
             }
-            Ended::Rejected(why) => return reject(hub, why),
+            // Who has been in does not go for one coordinator's word: another one may know better (its list of tokens may be
+            // newer, its release able to read the record).
+            Ended::Rejected(why) if !was_ever_up || rejections + 1 >= to.coordinators.len() => {
+                return reject(hub, why);
+            }
             Ended::Distrust(why) if !was_ever_up => return reject(hub, why),
-            Ended::Gone(why) | Ended::Distrust(why) => {
+            Ended::Rejected(why) | Ended::Gone(why) | Ended::Distrust(why) => {
                 let is_over = hub.look(|session| session.end().is_some());
                 said &= !was_up;
                 if !is_over && !std::mem::replace(&mut said, true) {
@@ -110,6 +117,7 @@ async fn live(hub: &Arc<Hub>, to: &Target, mut inbox: mpsc::UnboundedReceiver<To
             end_of(&mut inbox).await;
             return;
         }
+        rejections = if is_rejected { rejections + 1 } else { 0 };
         if was_up {
             home = to.coordinators.iter().position(|listed| listed == coordinator).unwrap_or(home);
             attempt = 0;
@@ -128,12 +136,6 @@ async fn live(hub: &Arc<Hub>, to: &Target, mut inbox: mpsc::UnboundedReceiver<To
             () = end_of(&mut inbox) => return,
         }
     }
-}
-
-/// Whether a member goes where it is sent: never from a coordinator that has proved who it is to one that does not.
-fn is_sendable(from: &str, to: &str) -> bool {
-    let is_secure = |url: &str| url.starts_with("https://");
-    to.starts_with("http") && (is_secure(to) || !is_secure(from))
 }
 
 fn reject(hub: &Arc<Hub>, why: String) {

@@ -63,6 +63,9 @@ struct World {
     /// Whether the world has been told, or told again, since it was last answered.
     ready_due: bool,
     plan: Option<Plan>,
+    /// Whether the plan was told on an earlier stream: numbers of plans are ordered within one stream only, for another
+    /// coordinator with another clock may have given it.
+    plan_is_of_before: bool,
     /// The answer to the plan.
     answer: Option<Event>,
     go: Option<Resume>,
@@ -297,6 +300,9 @@ impl Session {
         self.attached = true;
         self.history = Some(history);
         self.renew_every = renew_every;
+        if let Some(world) = &mut self.world {
+            world.plan_is_of_before = true;
+        }
         let mut out = vec![Output::Wake];
         out.extend(self.unanswered().into_iter().map(Output::Send));
         out
@@ -359,6 +365,7 @@ impl Session {
             formed: false,
             ready_due: true,
             plan: None,
+            plan_is_of_before: false,
             answer: None,
             go: None,
             stepped: false,
@@ -387,8 +394,9 @@ impl Session {
             if world.go.is_some() {
                 return Vec::new();
             }
+            let is_ordered = !std::mem::take(&mut world.plan_is_of_before);
             match &world.plan {
-                Some(known) if known.attempt > plan.attempt => Vec::new(),
+                Some(known) if is_ordered && known.attempt > plan.attempt => Vec::new(),
                 Some(known) if *known == plan => world.answer.clone().map(Output::Send).into_iter().collect(),
                 known => {
                     let abandons = known.is_some() && world.answer.is_none();

@@ -19,7 +19,8 @@ pub(super) async fn connect(endpoint: &Endpoint) -> Result<Channel, anyhow::Erro
     let mut tries = 0;
     loop {
         tries += 1;
-        let channel = endpoint.connect().await?;
+        // Who is stopped accepts a connection and shakes no hands.
+        let channel = tokio::time::timeout(super::PATIENCE, endpoint.connect()).await??;
         let mut health = HealthClient::new(channel.clone());
         let asked = health.check(HealthCheckRequest::default());
         match tokio::time::timeout(super::PATIENCE, asked).await {

@@ -167,16 +167,14 @@ impl Cluster {
         F: Future<Output = Result<T, Error>>,
     {
         let mut last = None;
-        for _ in 0..self.nodes.len() {
-            let at = self.current.load(Ordering::Relaxed) % self.nodes.len();
+        let first = self.current.load(Ordering::Relaxed);
+        for at in (0..self.nodes.len()).map(|further| (first + further) % self.nodes.len()) {
             match self.ask(at, &ask).await {
-                Ok(answer) => return Ok(answer),
-                Err(why) if why.is_passing() => {
-                    // Whoever failed at the same node meanwhile has moved on already.
-                    let next = (at + 1) % self.nodes.len();
-                    let _ = self.current.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed);
-                    last = Some(why);
+                Ok(answer) => {
+                    self.current.store(at, Ordering::Relaxed);
+                    return Ok(answer);
                 }
+                Err(why) if why.is_passing() => last = Some(why),
                 Err(why) => return Err(why),
             }
         }
@@ -191,22 +189,38 @@ impl Cluster {
             let client = self.client(at).await?;
             ask(client).await.map_err(|why| self.trouble(&why))
         };
-        tokio::time::timeout(ANSWER_PATIENCE, asking)
+        let asked = tokio::time::timeout(ANSWER_PATIENCE, asking)
             .await
-            .unwrap_or_else(|_| Err(self.unreachable(&format!("no answer within {ANSWER_PATIENCE:?}"))))
+            .unwrap_or_else(|_| Err(self.unreachable(&format!("no answer within {ANSWER_PATIENCE:?}"))));
+        if let Err(EtcdError::Unreachable { .. } | EtcdError::Denied(_)) = &asked {
+            self.forget(at);
+        }
+        asked
+    }
+
+    /// The node that answered last.
+    pub(crate) fn current_node(&self) -> usize {
+        self.current.load(Ordering::Relaxed)
     }
 
     /// For a stream, which stays with one node.
-    pub(crate) async fn current(&self) -> Result<Client, EtcdError> {
-        let at = self.current.load(Ordering::Relaxed) % self.nodes.len();
+    pub(crate) async fn client_of(&self, at: usize) -> Result<Client, EtcdError> {
         tokio::time::timeout(ANSWER_PATIENCE, self.client(at))
             .await
             .unwrap_or_else(|_| Err(self.unreachable(&format!("no connection within {ANSWER_PATIENCE:?}"))))
     }
 
-    /// A stream has ended, or says nothing: the next one goes to another node.
-    pub(crate) fn pass_over(&self) {
-        self.current.fetch_add(1, Ordering::Relaxed);
+    /// A stream has ended, or says nothing: the next one goes to another node than this.
+    pub(crate) fn pass_over(&self, at: usize) {
+        self.forget(at);
+        let next = (at + 1) % self.nodes.len();
+        // Whoever failed at the same node meanwhile has moved on already.
+        let _ = self.current.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// What the client of a node was made with (certificates, a password) may have been replaced: the next one is made anew.
+    fn forget(&self, at: usize) {
+        *self.nodes[at].lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     async fn client(&self, at: usize) -> Result<Client, EtcdError> {

@@ -151,7 +151,8 @@ impl Candidate {
         let mut said_of = Instant::now();
         loop {
             let until = reign.valid_until;
-            match renew_on_one_stream(&self.cluster, reign).await {
+            let at = self.cluster.current_node();
+            match renew_on_one_stream(&self.cluster, at, reign).await {
                 Ok(()) => return Lost::Taken,
                 Err(_) if reign.is_over() => return Lost::Unrenewed,
                 // Once for every renewal that does not come at first.
@@ -160,7 +161,7 @@ impl Candidate {
                 }
                 Err(_) => {}
             }
-            self.cluster.pass_over();
+            self.cluster.pass_over(at);
             tokio::time::sleep_until(reign.valid_until.min(Instant::now() + RETRY)).await;
         }
     }
@@ -170,9 +171,10 @@ impl Candidate {
     pub(crate) async fn changed(&self, seen: i64) {
         let key = self.cluster.key("leader");
         let from = seen.saturating_add(1);
-        let Ok(mut client) = self.cluster.current().await else { return };
+        let at = self.cluster.current_node();
+        let Ok(mut client) = self.cluster.client_of(at).await else { return self.cluster.pass_over(at) };
         let options = WatchOptions::new().with_start_revision(from);
-        let Ok(mut watch) = client.watch(key, Some(options)).await else { return };
+        let Ok(mut watch) = client.watch(key, Some(options)).await else { return self.cluster.pass_over(at) };
         while let Ok(Some(response)) = watch.message().await {
             if !response.events().is_empty() || response.canceled() {
                 return;
@@ -194,13 +196,13 @@ pub(crate) enum Lost {
 }
 
 /// Renews until the stream or the time runs out (an error), or until the lease is gone.
-async fn renew_on_one_stream(cluster: &Cluster, reign: &mut Reign) -> Result<(), EtcdError> {
+async fn renew_on_one_stream(cluster: &Cluster, at: usize, reign: &mut Reign) -> Result<(), EtcdError> {
     let fail = |why: String| EtcdError::Unreachable { endpoints: cluster.address().endpoints.join(","), why };
     let patience = reign.renew_every();
     let late = |what: &'static str| move |_| fail(format!("no {what} within {patience:?}"));
     let mut sent = Instant::now();
     let mut client =
-        timeout_at(reign.patience(sent), cluster.current()).await.map_err(late("connection"))??;
+        timeout_at(reign.patience(sent), cluster.client_of(at)).await.map_err(late("connection"))??;
     // Opening the stream is the first renewal, too.
     let opening = timeout_at(reign.patience(sent), client.lease_keep_alive(reign.lease));
     let (mut keeper, mut answers) = match opening.await.map_err(late("stream"))? {

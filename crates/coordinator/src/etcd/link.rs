@@ -15,7 +15,7 @@ use tonic_health::pb::health_client::HealthClient;
 /// What has become of the leader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// Nobody listens where it listened.
+    /// Nobody listens where it has been heard before.
     Gone,
     /// It has said nothing for as long as it may.
     Silent,
@@ -24,8 +24,23 @@ pub(crate) enum Fate {
 /// The pause before the next attempt.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Follows the leader until it is gone, or has been silent since `heard` for as long as `silence`.
-pub(crate) async fn follow(endpoint: Endpoint, silence: Duration, heard: &mut Instant) -> Fate {
+/// What a follower knows of the leader.
+#[derive(Debug)]
+pub(crate) struct Acquaintance {
+    /// Until when it has been heard, or since when it has not been.
+    heard: Instant,
+    /// Whether it has ever been heard. A port that refuses connections proves nothing otherwise: there may be a wall.
+    ever: bool,
+}
+
+impl Acquaintance {
+    pub(crate) fn new() -> Acquaintance {
+        Acquaintance { heard: Instant::now(), ever: false }
+    }
+}
+
+/// Follows the leader until it is gone, or has been silent for as long as `silence`.
+pub(crate) async fn follow(endpoint: Endpoint, silence: Duration, leader: &mut Acquaintance) -> Fate {
     // The connection notices within twice this that nobody answers.
     let ask_every = silence / 8;
     let endpoint = endpoint
@@ -35,24 +50,26 @@ pub(crate) async fn follow(endpoint: Endpoint, silence: Duration, heard: &mut In
         .keep_alive_timeout(ask_every)
         .keep_alive_while_idle(true);
     loop {
-        let patience = ask_every.min((*heard + silence).saturating_duration_since(Instant::now())).max(RETRY);
-        match endpoint.connect().await {
-            Ok(channel) => {
+        let left = (leader.heard + silence).saturating_duration_since(Instant::now());
+        let patience = ask_every.min(left).max(RETRY);
+        match tokio::time::timeout(ask_every * 2, endpoint.connect()).await {
+            Ok(Ok(channel)) => {
                 let mut health = HealthClient::new(channel);
                 let watched = health.watch(HealthCheckRequest { service: String::new() });
                 if let Ok(Ok(response)) = tokio::time::timeout(patience, watched).await {
-                    *heard = Instant::now();
+                    *leader = Acquaintance { heard: Instant::now(), ever: true };
                     let mut said = response.into_inner();
                     // Pings are answered beneath us: as long as the stream is open, somebody is there.
                     while let Ok(Some(_)) = said.message().await {}
                     // A connection that was given up had been silent for a while.
-                    *heard = Instant::now().checked_sub(ask_every * 2).unwrap_or(*heard);
+                    leader.heard = Instant::now().checked_sub(ask_every * 2).unwrap_or(leader.heard);
                 }
             }
-            Err(why) if is_refused(&why) => return Fate::Gone,
-            Err(_) => {}
+            Ok(Err(why)) if leader.ever && is_refused(&why) => return Fate::Gone,
+            // There is no connection, or there is none in time (who is stopped accepts one, and shakes no hands).
+            Ok(Err(_)) | Err(_) => {}
         }
-        if heard.elapsed() >= silence {
+        if leader.heard.elapsed() >= silence {
             return Fate::Silent;
         }
         tokio::time::sleep(RETRY).await;

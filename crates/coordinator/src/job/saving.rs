@@ -10,12 +10,16 @@ use super::{JobTask, Life, PULSES_PER_SILENCE, SAVE_RETRY, source_text};
 use crate::secret::JobSecret;
 use crate::store::StoreError;
 
+/// Every so many attempts a save that fails is logged again.
+const FAILURES_PER_LOG: u32 = 25;
+
 impl JobTask {
     /// Saves, for as long as it takes: until then nobody is told anything (rule D-2). A world that runs does not need
     /// the coordinator meanwhile.
     pub(super) async fn save(&mut self, record: &JobRecord) -> Result<(), Life> {
         let value = record::encode(record, self.secret.as_bytes());
         let began = Instant::now();
+        let mut failures = 0u32;
         loop {
             match self.around.store.save(self.job_id(), self.revision, value.clone()).await {
                 Ok(revision) => {
@@ -28,8 +32,11 @@ impl JobTask {
                     return Err(Life::Ends);
                 }
                 Err(why) if why.is_retryable() => {
-                    tracing::error!(job = %self.job_id(), error = %source_text(&why), "a record could not be saved; \
-                        members are not told of the change until it can");
+                    if failures.is_multiple_of(FAILURES_PER_LOG) {
+                        tracing::error!(job = %self.job_id(), error = %source_text(&why), "a record could not be saved; \
+                            members are not told of the change until it can");
+                    }
+                    failures = failures.saturating_add(1);
                     tokio::time::sleep(SAVE_RETRY).await;
                 }
                 Err(StoreError::Conflict) if self.was_saved_by_us(&value).await => break,

@@ -118,7 +118,10 @@ impl Etcd {
             for kv in page.kvs() {
                 let key = String::from_utf8_lossy(kv.key());
                 let job = key.strip_prefix(&prefix).unwrap_or(&key);
-                jobs.push(JobId::new(job).map_err(|why| StoreError::Corrupt(Box::new(why)))?);
+                match JobId::new(job) {
+                    Ok(job) => jobs.push(job),
+                    Err(why) => tracing::warn!(%key, error = %why, "this key is no job's; it is passed over"),
+                }
             }
             match page.kvs().last() {
                 // The next page begins just behind the last key.
