@@ -98,7 +98,7 @@ pub(crate) struct Serve {
     #[arg(long, env = "REKNIT_LISTEN", default_value = "127.0.0.1:7070")]
     pub(crate) listen: SocketAddr,
     /// Where to keep the jobs' records: a directory, `memory`, or an etcd that several coordinators share,
-    /// etcd://HOST:PORT[,HOST:PORT…][/PREFIX] (etcds:// with TLS)
+    /// etcd://HOST:PORT,HOST:PORT/PREFIX (etcds:// with TLS)
     #[arg(long, env = "REKNIT_STORE", default_value = "reknit-data")]
     pub(crate) store: String,
     /// With etcd: the URL under which members and the other coordinators reach this one [default: where it listens]
