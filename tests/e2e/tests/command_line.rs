@@ -43,8 +43,9 @@ fn a_store_that_cannot_be_written_is_told_with_its_directory() {
 #[test]
 fn an_etcd_that_cannot_be_used_is_told_before_anything_is_served() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let serve = |args: &[&str]| reknit(&[&["serve", "--listen", "127.0.0.1:7069"], args].concat());
-    let nobody = serve(&["--store", &format!("etcd://{free}")]);
+    let url = ["--advertise", "http://127.0.0.1:7070"];
+    let serve = |args: &[&str]| reknit(&[&["serve", "--listen", "127.0.0.1:0"], args].concat());
+    let nobody = serve(&[&url[..], &["--store", &format!("etcd://{free}")]].concat());
     assert_eq!(nobody.code, 3, "{nobody:?}");
     assert!(
         nobody.stderr.contains("no node of etcd answers") && has_hint(&nobody.stderr),
@@ -55,15 +56,16 @@ fn an_etcd_that_cannot_be_used_is_told_before_anything_is_served() {
         (&["--store", "etcd://host"][..], "etcd://HOST:2379"),
         (&["--store", "postgres://host:1"], "no store"),
         (&["--store", "etcd://host:1", "--advertise", "host:1"], "no URL"),
-        (&["--store", "etcd://host:1", "--lease", "100ms"], "out of range"),
-        (&["--store", "etcd://host:1", "--listen", "127.0.0.1:0"], "--advertise"),
+        (&["--store", "etcd://host:1", "--advertise", "http://host:1", "--lease", "100ms"], "out of range"),
+        (&["--store", "etcd://host:1"], "--advertise"),
         (&["--store", "etcd://host:1", "--etcd-user", "me"], "--etcd-password-file"),
     ] {
         let ran = serve(args);
         assert_eq!(ran.code, 2, "{args:?}: {ran:?}");
         assert!(ran.stderr.contains(said), "{args:?}: {}", ran.stderr);
     }
-    let lost = serve(&["--store", &format!("etcds://{free}"), "--etcd-ca", "/no/such/file"]);
+    let store = format!("etcds://{free}");
+    let lost = serve(&[&url[..], &["--store", &store, "--etcd-ca", "/no/such/file"]].concat());
     assert_eq!(lost.code, 2, "{lost:?}");
     assert!(lost.stderr.contains("/no/such/file") && has_hint(&lost.stderr), "{}", lost.stderr);
 }
