@@ -139,32 +139,27 @@ impl Connection {
                     continue;
                 }
             };
-            match tokio::time::timeout(PATIENCE, ask(channel)).await {
-                Ok(Ok(response)) => match leader(response.metadata()) {
-                    None => return Round::Answered(response.into_inner()),
-                    Some(leader) => {
-                        if may_be_sent(&coordinator, &leader) {
-                            sent_to = Some(leader.clone());
-                            left.push_front(leader);
-                        }
-                        last = Round::Answered(response.into_inner());
-                    }
-                },
-                Ok(Err(status)) => match leader(status.metadata()) {
-                    Some(leader) => {
-                        if may_be_sent(&coordinator, &leader) {
-                            sent_to = Some(leader.clone());
-                            left.push_front(leader);
-                        }
-                        last.or(Round::Leaderless(status));
-                    }
-                    None if status.code() == Code::Unavailable => last.or(Round::Leaderless(status)),
-                    None => return Round::Failed(failure::call(&status, &coordinator)),
-                },
+            let answer = match tokio::time::timeout(PATIENCE, ask(channel)).await {
+                Ok(answer) => answer,
                 Err(_) => {
                     let why = anyhow::anyhow!("no answer within {PATIENCE:?}");
                     last.or(Round::Failed(failure::unreachable(&self.coordinator, why)));
+                    continue;
                 }
+            };
+            let leader = leader(answer.as_ref().map_or_else(Status::metadata, Response::metadata));
+            let leads = leader.is_none();
+            if let Some(leader) = leader.filter(|leader| may_be_sent(&coordinator, leader)) {
+                sent_to = Some(leader.clone());
+                left.push_front(leader);
+            }
+            match answer {
+                Ok(response) if leads => return Round::Answered(response.into_inner()),
+                Ok(response) => last = Round::Answered(response.into_inner()),
+                Err(status) if !leads || status.code() == Code::Unavailable => {
+                    last.or(Round::Leaderless(status));
+                }
+                Err(status) => return Round::Failed(failure::call(&status, &coordinator)),
             }
         }
         last

@@ -24,7 +24,7 @@ use crate::clock::Clock;
 use crate::config::Limits;
 use crate::counters::Counters;
 use crate::secret::JobSecret;
-use crate::store::recorded::Recorder;
+use crate::store::recorded::{Recorded, Recorder};
 use crate::store::{Epoch, Revision, Store, StoreError};
 
 /// Tells one stream of a member from a later one.
@@ -221,6 +221,15 @@ impl Surroundings {
             recorder: None,
             deposed: Arc::default(),
         }
+    }
+
+    /// The same for one reign over `store`; what is asked of it is written down, if anything is.
+    pub(crate) fn reigning(&self, store: Arc<dyn Store>, epoch: Epoch) -> Surroundings {
+        let store = match &self.recorder {
+            Some(recorder) => Arc::new(Recorded { store, epoch, recorder: Arc::clone(recorder) }),
+            None => store,
+        };
+        Surroundings { store, epoch, deposed: Arc::default(), ..self.clone() }
     }
 }
 

@@ -18,8 +18,7 @@ use crate::etcd::election::{Candidate, Leader, Lost, Reign};
 use crate::etcd::link::{Acquaintance, Fate, follow};
 use crate::job::{Surroundings, source_text};
 use crate::jobs::Jobs;
-use crate::store::recorded::{Recorded, Recorder};
-use crate::store::{Epoch, Etcd, Store};
+use crate::store::{Epoch, Etcd};
 use crate::tls::Peers;
 
 /// What this server is at present.
@@ -104,7 +103,6 @@ pub(crate) struct Election {
     candidate: Candidate,
     cluster: Arc<Cluster>,
     around: Surroundings,
-    recorder: Option<Arc<Recorder>>,
     peers: Peers,
     lease: Duration,
     standing: watch::Sender<Standing>,
@@ -138,14 +136,13 @@ impl Election {
         url: String,
         lease: Duration,
         around: Surroundings,
-        recorder: Option<Arc<Recorder>>,
         peers: Peers,
     ) -> (Election, Office) {
         let candidate = Candidate::new(Arc::clone(&cluster), url, lease);
         let (standing, seen) = watch::channel(Standing::Following { leader: None, why: None });
         let office = Office { around: around.clone(), standing: seen };
         let is_new = AtomicBool::new(true);
-        (Election { candidate, cluster, around, recorder, peers, lease, standing, is_new }, office)
+        (Election { candidate, cluster, around, peers, lease, standing, is_new }, office)
     }
 
     /// How long a silent leader leads on.
@@ -273,12 +270,8 @@ impl Election {
     /// Leads until the lease is lost, or to the end (nothing).
     async fn lead(&self, mut reign: Reign, stop: &mut oneshot::Receiver<()>) -> Option<()> {
         let epoch = reign.epoch;
-        let store: Arc<dyn Store> = Arc::new(Etcd::new(Arc::clone(&self.cluster), Some(epoch)));
-        let store = match &self.recorder {
-            Some(recorder) => Arc::new(Recorded { store, epoch, recorder: Arc::clone(recorder) }),
-            None => store,
-        };
-        let jobs = Jobs::new(Surroundings { store, epoch, deposed: Arc::default(), ..self.around.clone() });
+        let store = Arc::new(Etcd::new(Arc::clone(&self.cluster), Some(epoch)));
+        let jobs = Jobs::new(self.around.reigning(store, epoch));
         tracing::info!(epoch = epoch.0, "leading");
         self.is_new.store(false, Ordering::Relaxed);
         self.standing.send_replace(Standing::Leading(Box::new(jobs.clone())));

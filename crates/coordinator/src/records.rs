@@ -23,7 +23,6 @@ pub(crate) struct Records {
     read: Mutex<BTreeMap<JobId, Read>>,
 }
 
-#[derive(Clone)]
 struct Read {
     record: JobRecord,
     at: Instant,
@@ -61,10 +60,12 @@ impl Records {
             },
             Err(why) => why,
         };
-        match self.with(|read| read.get(job).cloned()) {
-            Some(Read { record, at }) => Ok((record, at.elapsed())),
-            None => Err(Status::unavailable(source_text(&why))),
-        }
+        self.known(job).ok_or_else(|| Status::unavailable(source_text(&why)))
+    }
+
+    /// The job's record as it was read last, and how long ago that was.
+    fn known(&self, job: &JobId) -> Option<(JobRecord, Duration)> {
+        self.with(|read| read.get(job).map(|read| (read.record.clone(), read.at.elapsed())))
     }
 
     /// Reads them all again and again, for ever; the more there are, the more seldom.
@@ -134,9 +135,7 @@ impl Records {
             let known = match tokio::time::timeout_at(deadline, self.read(around, job)).await {
                 Ok(read) => read.ok(),
                 // The store does not answer: what is left is shown as it was read last.
-                Err(_) => {
-                    self.with(|read| read.get(job).map(|read| (read.record.clone(), read.at.elapsed())))
-                }
+                Err(_) => self.known(job),
             };
             let Some((record, age)) = known else { continue };
             oldest = oldest.max(age);

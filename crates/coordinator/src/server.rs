@@ -29,7 +29,7 @@ use crate::operate::OperateService;
 use crate::records::Records;
 use crate::reload::watched;
 use crate::rendezvous::RendezvousService;
-use crate::store::recorded::{Recorded, Recorder};
+use crate::store::recorded::Recorder;
 use crate::store::{Embedded, Epoch, Etcd, Memory, OpenError, Store};
 use crate::tls::Peers;
 use crate::tls::{self, TlsError};
@@ -162,10 +162,7 @@ impl Server {
             }
             None => None,
         };
-        let around = |store| Surroundings {
-            recorder: recorder.clone(),
-            ..Surroundings::alone(store, timing, config.limits)
-        };
+        let around = |store| Surroundings { recorder, ..Surroundings::alone(store, timing, config.limits) };
         let alone: Arc<dyn Store> = match config.store {
             StoreConfig::Memory => Arc::new(Memory::new()),
             StoreConfig::Embedded { dir } => Arc::new(Embedded::open(&dir)?),
@@ -175,20 +172,12 @@ impl Server {
                 let around = around(Arc::new(Etcd::new(Arc::clone(&cluster), None)));
                 tracing::info!(%address, store = around.store.describe(), url = advertise, "listening");
                 let peers = Peers::new(config.tls);
-                let (election, office) =
-                    Election::new(cluster, advertise, lease, around, recorder.clone(), peers);
+                let (election, office) = Election::new(cluster, advertise, lease, around, peers);
                 let rule = Rule::Elected(election);
                 return Ok(Server { address, listener, rule, office, acceptance, guard });
             }
         };
-        let store = match &recorder {
-            Some(recorder) => {
-                let recorder = Arc::clone(recorder);
-                Arc::new(Recorded { store: alone, epoch: Epoch::default(), recorder })
-            }
-            None => alone,
-        };
-        let jobs = Jobs::new(around(store));
+        let jobs = Jobs::new(around(Arc::clone(&alone)).reigning(alone, Epoch::default()));
         let known = jobs.load_all().await.map_err(|why| ServeError::Records(source_text(&why)))?;
         tracing::info!(%address, store = jobs.around.store.describe(), jobs = known, "listening");
         let office = Office::for_good(jobs.clone());

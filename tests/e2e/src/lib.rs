@@ -51,18 +51,37 @@ pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) ->
     }
 }
 
-/// A process that does not outlive the test.
+/// A process with a log, which does not outlive the test.
 #[derive(Debug)]
 pub struct Process {
+    name: String,
     child: Child,
     log: PathBuf,
 }
 
 impl Process {
+    /// Starts it, with all that it says in `DIR/NAME.log`.
+    pub fn start(mut command: Command, dir: &Path, name: &str) -> Process {
+        let log = log_path(dir, name);
+        command.stdin(Stdio::null()).stdout(log_file(&log)).stderr(log_file(&log));
+        let child = command.spawn().unwrap_or_else(|why| panic!("{name} does not start: {why}"));
+        Process { name: name.to_owned(), child, log }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
-        kill_process(pid, signal).unwrap();
+        let pid = Pid::from_raw(i32::try_from(self.id()).unwrap()).unwrap();
+        kill_process(pid, signal).unwrap_or_else(|why| panic!("{}: {why}; {}", self.name, self.log()));
     }
 
     /// SIGKILL, and waits until it is gone.
@@ -71,9 +90,18 @@ impl Process {
         self.child.wait().unwrap();
     }
 
+    /// Waits until it has become this program: what its command line puts before that is done then.
+    pub fn becomes(&self, program: &str) {
+        let comm = format!("/proc/{}/comm", self.id());
+        eventually(&format!("{} to be set up", self.name), || match std::fs::read_to_string(&comm) {
+            Ok(name) if name.trim() == program => Ok(()),
+            other => Err(format!("{other:?}; {}", self.log())),
+        });
+    }
+
     /// Waits for its end.
     pub fn ended(&mut self) -> ExitStatus {
-        eventually("a process to end", || {
+        eventually(&format!("{} to end", self.name), || {
             self.child.try_wait().unwrap().ok_or_else(|| format!("it runs; its log: {}", self.log()))
         })
     }
@@ -95,6 +123,10 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn log_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.log"))
 }
 
 fn log_file(log: &Path) -> std::fs::File {
@@ -242,18 +274,14 @@ impl Coordinator {
 
     /// Starts a worker by a command line of the caller's.
     pub fn spawn_worker(&self, mut command: Command, name: &str) -> Process {
-        let log = self.dir.path().join(format!("{name}.log"));
-        command
-            .env("RAYON_NUM_THREADS", "1")
-            .stdin(Stdio::null())
-            .stdout(log_file(&log))
-            .stderr(log_file(&log));
-        Process { child: command.spawn().unwrap(), log }
+        command.env("RAYON_NUM_THREADS", "1");
+        Process::start(command, self.dir.path(), name)
     }
 }
 
 fn serve(dir: &Path, listen: &str, silence: &str, more: &[String]) -> (Process, SocketAddr) {
-    let log = dir.join("coordinator.log");
+    let name = "coordinator";
+    let log = log_path(dir, name);
     let mut child = Command::new(programs().join("reknit"))
         .args(["serve", "--announce", "--listen", listen, "--silence", silence, "--store"])
         .arg(dir.join("store"))
@@ -265,7 +293,7 @@ fn serve(dir: &Path, listen: &str, silence: &str, more: &[String]) -> (Process, 
         .unwrap();
     let mut line = String::new();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let process = Process { child, log };
+    let process = Process { name: name.to_owned(), child, log };
     let address = line.trim().parse().unwrap_or_else(|_| panic!("it does not listen: {}", process.log()));
     (process, address)
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use etcd_client::{
     AlarmAction, AlarmType, Certificate, Client, Compare, CompareOp, ConnectOptions, Error, Identity,
-    TlsOptions, Txn, TxnOp, TxnOpResponse, TxnResponse,
+    KeyValue, TlsOptions, Txn, TxnOp, TxnOpResponse, TxnResponse,
 };
 use tonic::Code;
 
@@ -137,15 +137,10 @@ impl Cluster {
             .when([Compare::create_revision(key.clone(), CompareOp::Equal, 0)])
             .and_then([TxnOp::put(key.clone(), LAYOUT, None)])
             .or_else([TxnOp::get(key, None)]);
-        let found =
-            self.transact(prepare).await?.op_responses().into_iter().find_map(|response| match response {
-                TxnOpResponse::Get(get) => get.kvs().first().map(|kv| kv.value().to_vec()),
-                _ => None,
-            });
-        match found {
-            Some(found) if found != LAYOUT.as_bytes() => Err(EtcdError::Newer {
+        match first_read(&self.transact(prepare).await?) {
+            Some(found) if found.value() != LAYOUT.as_bytes() => Err(EtcdError::Newer {
                 prefix: self.address.prefix.clone(),
-                found: String::from_utf8_lossy(&found).into_owned(),
+                found: String::from_utf8_lossy(found.value()).into_owned(),
             }),
             Some(_) | None => Ok(()),
         }
@@ -259,7 +254,7 @@ impl Cluster {
         Ok(options)
     }
 
-    fn unreachable(&self, why: &str) -> EtcdError {
+    pub(crate) fn unreachable(&self, why: &str) -> EtcdError {
         EtcdError::Unreachable { endpoints: self.address.endpoints.join(","), why: why.to_owned() }
     }
 
@@ -289,6 +284,14 @@ impl Cluster {
             _ => self.unreachable(&text),
         }
     }
+}
+
+/// The first key that a transaction has read, if it has read one.
+pub(crate) fn first_read(response: &TxnResponse) -> Option<KeyValue> {
+    response.op_responses().iter().find_map(|response| match response {
+        TxnOpResponse::Get(get) => get.kvs().first().cloned(),
+        _ => None,
+    })
 }
 
 fn read(file: &Path) -> Result<Vec<u8>, EtcdError> {

@@ -3,12 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_client::{
-    Compare, CompareOp, LeaseTimeToLiveResponse, PutOptions, Txn, TxnOp, TxnOpResponse, WatchOptions,
-};
+use etcd_client::{Compare, CompareOp, LeaseTimeToLiveResponse, PutOptions, Txn, TxnOp, WatchOptions};
 use tokio::time::{Instant, timeout_at};
 
-use super::cluster::{Cluster, EtcdError};
+use super::cluster::{Cluster, EtcdError, first_read};
 use crate::store::Epoch;
 
 /// Whoever holds the leader's key.
@@ -100,11 +98,7 @@ impl Candidate {
             let revision = done.header().map_or(0, |header| header.revision().unsigned_abs());
             return Ok(Ok(reign(Epoch(revision))));
         }
-        let found = done.op_responses().into_iter().find_map(|response| match response {
-            TxnOpResponse::Get(get) => get.kvs().first().map(leader),
-            _ => None,
-        });
-        match found {
+        match first_read(&done).as_ref().map(leader) {
             // The first attempt was carried out, and only its answer was lost.
             Some(found) if found.lease == lease => Ok(Ok(reign(found.epoch))),
             Some(found) => {
@@ -112,10 +106,7 @@ impl Candidate {
                 Ok(Err(found))
             }
             // A transaction is answered as of one instant; what it compares and what it reads agree.
-            None => Err(EtcdError::Unreachable {
-                endpoints: self.cluster.address().endpoints.join(","),
-                why: "it answers an election with nothing".to_owned(),
-            }),
+            None => Err(self.cluster.unreachable("it answers an election with nothing")),
         }
     }
 
@@ -197,7 +188,7 @@ pub(crate) enum Lost {
 
 /// Renews until the stream or the time runs out (an error), or until the lease is gone.
 async fn renew_on_one_stream(cluster: &Cluster, at: usize, reign: &mut Reign) -> Result<(), EtcdError> {
-    let fail = |why: String| EtcdError::Unreachable { endpoints: cluster.address().endpoints.join(","), why };
+    let fail = |why: String| cluster.unreachable(&why);
     let patience = reign.renew_every();
     let late = |what: &'static str| move |_| fail(format!("no {what} within {patience:?}"));
     let mut sent = Instant::now();

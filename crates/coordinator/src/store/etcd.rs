@@ -14,7 +14,7 @@ use etcd_client::{Compare, CompareOp, GetOptions, Txn, TxnOp};
 use reknit_membership::JobId;
 
 use super::{Epoch, Pending, Revision, Saved, Store, StoreError};
-use crate::etcd::cluster::Cluster;
+use crate::etcd::cluster::{Cluster, first_read};
 use crate::etcd::election::Candidate;
 use crate::etcd::{EtcdAddress, EtcdCredentials, EtcdError};
 
@@ -91,12 +91,7 @@ impl Etcd {
         if done.succeeded() {
             return Ok(done.header().map_or(0, |header| header.revision().unsigned_abs()));
         }
-        let leads = done.op_responses().into_iter().any(|response| match response {
-            etcd_client::TxnOpResponse::Get(get) => {
-                get.kvs().first().is_some_and(|kv| kv.create_revision() == signed(epoch.0))
-            }
-            _ => false,
-        });
+        let leads = first_read(&done).is_some_and(|kv| kv.create_revision() == signed(epoch.0));
         Err(if leads { StoreError::Conflict } else { StoreError::NotLeader })
     }
 
