@@ -17,6 +17,7 @@ use std::io::Write as _;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::process::{self, Process};
@@ -181,9 +182,7 @@ impl Net {
     /// A port that is free there: the wanted one, if it has a network of its own.
     pub fn port(&self, wanted: u16) -> u16 {
         match self {
-            Net::Loopback => {
-                TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
-            }
+            Net::Loopback => port_that_stays_free(),
             Net::Separate(_) => wanted,
         }
     }
@@ -285,5 +284,25 @@ impl Networks {
             format!("route add default via 10.77.{number}.1"),
         ]);
         self.nodes.insert(node, namespace);
+    }
+}
+
+/// Ports that the kernel gives nobody who does not name one (`ip_local_port_range` begins above them): one that is free
+/// now is not taken by somebody's connection before its server listens, or while its server is dead.
+const PORTS: std::ops::Range<u16> = 12_000..32_000;
+
+/// A port of this machine that this process has not given away yet.
+fn port_that_stays_free() -> u16 {
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    let ports = u32::from(PORTS.end - PORTS.start);
+    // Processes begin apart from each other.
+    let first = std::process::id().wrapping_mul(97);
+    loop {
+        let given = GIVEN.fetch_add(1, Ordering::Relaxed);
+        assert!(given < ports, "no port is free");
+        let port = PORTS.start + u16::try_from(first.wrapping_add(given) % ports).unwrap();
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
     }
 }
