@@ -222,6 +222,7 @@ pub(crate) fn closure(wire: Option<v1::Closure>) -> Checked<Closure> {
         How::Unspecified => wrong("closure.how", "unknown"),
         How::Completed => Ok(Closure::Completed { step: Step(wire.step) }),
         How::Closed => Ok(Closure::Closed),
+        How::ByMembers => Ok(Closure::ByMembers),
     }
 }
 
@@ -230,6 +231,7 @@ pub(crate) fn from_closure(closure: Closure) -> Option<v1::Closure> {
     let (how, step) = match closure {
         Closure::Completed { step } => (How::Completed, step.0),
         Closure::Closed => (How::Closed, 0),
+        Closure::ByMembers => (How::ByMembers, 0),
     };
     Some(v1::Closure { how: how.into(), step })
 }

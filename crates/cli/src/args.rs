@@ -2,10 +2,13 @@
 //! `bench` in `bench/args.rs`.
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use ipnet::IpNet;
+use reknit_torchelastic::run::Repair;
 
 /// Keeps distributed training jobs going on machines that come and go
 ///
@@ -131,6 +134,8 @@ pub(crate) struct Serve {
     /// it changes
     #[arg(long, env = "REKNIT_TOKENS", value_name = "FILE")]
     pub(crate) tokens: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) torchelastic: ForTorchrun,
     /// Listen on an address that other machines can reach although TLS or tokens are missing
     #[arg(long)]
     pub(crate) insecure: bool,
@@ -146,6 +151,34 @@ pub(crate) struct Serve {
     /// Append what is saved and told to this file, for a check afterwards
     #[arg(long, hide = true)]
     pub(crate) record: Option<PathBuf>,
+}
+
+/// The endpoint for stock torchrun.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ForTorchrun {
+    /// Listen for stock torchrun here, e.g. 127.0.0.1:29400 (`torchrun --rdzv-backend=c10d --rdzv-endpoint=HOST:29400
+    /// --rdzv-conf=is_host=0`)
+    #[arg(long, env = "REKNIT_TORCHELASTIC", value_name = "ADDRESS")]
+    pub(crate) torchelastic: Option<SocketAddr>,
+    /// The networks whose machines may connect to it, e.g. 10.0.0.0/8: its protocol has neither tokens nor TLS
+    #[arg(
+        long,
+        env = "REKNIT_TORCHELASTIC_ALLOW",
+        value_name = "NETWORKS",
+        value_delimiter = ',',
+        requires = "torchelastic"
+    )]
+    pub(crate) torchelastic_allow: Vec<IpNet>,
+    /// What is not to be done about the faults of stock torchrun: own-store, supplied-keys, eviction, short-last-call,
+    /// spares, guard
+    #[arg(long, value_name = "REPAIRS", value_delimiter = ',', value_parser = repair, requires = "torchelastic")]
+    pub(crate) torchelastic_without: Vec<Repair>,
+    /// The host that workers are told to meet at [default: the address by which their agent has reached this one]
+    #[arg(long, env = "REKNIT_TORCHELASTIC_ADVERTISE", value_name = "HOST", requires = "torchelastic")]
+    pub(crate) torchelastic_advertise: Option<String>,
+    /// The ports at which the workers of each run meet, e.g. 29500-29599 [default: any]
+    #[arg(long, env = "REKNIT_TORCHELASTIC_WORKER_PORTS", value_name = "FIRST-LAST", value_parser = ports, requires = "torchelastic")]
+    pub(crate) torchelastic_worker_ports: Option<RangeInclusive<u16>>,
 }
 
 /// How a coordinator shows an etcd who it is.
@@ -300,6 +333,22 @@ pub(crate) struct Token {
 pub(crate) struct Completions {
     /// The shell
     pub(crate) shell: clap_complete::Shell,
+}
+
+/// A repair by its name.
+fn repair(text: &str) -> Result<Repair, String> {
+    let names = Repair::ALL.map(Repair::name).join(", ");
+    let known = Repair::ALL.into_iter().find(|repair| repair.name() == text);
+    known.ok_or_else(|| format!("write one or more of {names}"))
+}
+
+/// A range of ports, as `FIRST-LAST` or one alone.
+fn ports(text: &str) -> Result<RangeInclusive<u16>, String> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    match (first.parse(), last.parse()) {
+        (Ok(first @ 1..), Ok(last)) if first <= last => Ok(first..=last),
+        _ => Err("write FIRST-LAST, e.g. 29500-29599".to_owned()),
+    }
 }
 
 /// A duration as people write it: `250ms`, `3s`, `2m`, `1h`; a bare number is seconds.

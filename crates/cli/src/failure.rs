@@ -132,6 +132,14 @@ pub(crate) fn serve(why: ServeError) -> Failure {
                         127.0.0.1, or say --insecure if everybody who can reach it may use it";
             (Kind::Usage, hint)
         }
+        ServeError::ListenForTorchrun { .. } => {
+            (Kind::Failed, "choose a free address of this machine with --torchelastic")
+        }
+        ServeError::OpenToAll { .. } => {
+            let hint = "name the networks that may connect with --torchelastic-allow (10.0.0.0/8, say), listen on \
+                        127.0.0.1, or say --insecure if everybody who can reach it may run code on the agents' machines";
+            (Kind::Usage, hint)
+        }
         ServeError::Tls(why) => (Kind::Failed, why.hint()),
         ServeError::Tokens(TokensError::Unreadable(_)) => (
             Kind::Failed,

@@ -9,11 +9,13 @@ use reknit_coordinator::config::{Config, Limits, StoreConfig, TlsFiles};
 use reknit_coordinator::etcd::{EtcdAddress, EtcdCredentials};
 use reknit_coordinator::server::{Exposure, Server};
 use reknit_coordinator::store::recorded::MonotonicUs;
+use reknit_coordinator::torchelastic::TorchElastic;
+use reknit_torchelastic::run::{Repair, Repairs};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use crate::args::{EtcdAccess, Serve};
+use crate::args::{EtcdAccess, ForTorchrun, Serve};
 use crate::clock;
 use crate::descriptors;
 use crate::failure::{self, Failure, Kind};
@@ -35,6 +37,7 @@ pub(crate) fn serve(args: &Serve) -> Result<(), Failure> {
         record,
         tls,
         tokens: args.tokens.clone(),
+        torchelastic: torchelastic(&args.torchelastic),
     };
     if args.print_config {
         return print_config(&config, &args.log, args.json);
@@ -61,6 +64,9 @@ pub(crate) fn serve(args: &Serve) -> Result<(), Failure> {
         let server = Server::bind(config, exposure).await.map_err(failure::serve)?;
         if announce {
             print::data(format_args!("{}", server.address()));
+            if let Some(address) = server.torchelastic_address() {
+                print::data(format_args!("{address}"));
+            }
         }
         let stop = async move {
             tokio::select! {
@@ -69,6 +75,17 @@ pub(crate) fn serve(args: &Serve) -> Result<(), Failure> {
             }
         };
         server.run(stop).await.map_err(failure::serve)
+    })
+}
+
+fn torchelastic(args: &ForTorchrun) -> Option<TorchElastic> {
+    let without = &args.torchelastic_without;
+    Some(TorchElastic {
+        allow: args.torchelastic_allow.clone(),
+        repairs: without.iter().fold(Repairs::default(), |repairs, repair| repairs.without(*repair)),
+        advertise: args.torchelastic_advertise.clone(),
+        worker_ports: args.torchelastic_worker_ports.clone(),
+        ..TorchElastic::at(args.torchelastic?)
     })
 }
 
@@ -174,6 +191,11 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
     let path = |path: Option<&PathBuf>| json!(path.map(|path| path.display().to_string()));
     let tls = |file: fn(&TlsFiles) -> Option<&PathBuf>| path(config.tls.as_ref().and_then(file));
     let ms = |duration: Duration| json!(duration.as_millis() as u64);
+    let endpoint = config.torchelastic.as_ref();
+    let allow: Vec<String> = endpoint.iter().flat_map(|e| &e.allow).map(ToString::to_string).collect();
+    let left_out = |repair: &Repair| endpoint.is_some_and(|e| !e.repairs.has(*repair));
+    let without: Vec<&str> = Repair::ALL.iter().filter(|repair| left_out(repair)).map(|r| r.name()).collect();
+    let ports = endpoint.and_then(|e| e.worker_ports.as_ref()).map(|p| format!("{}-{}", p.start(), p.end()));
     let settings = [
         ("listen", json!(config.listen)),
         ("store", json!(store)),
@@ -185,6 +207,11 @@ fn print_config(config: &Config, log: &str, json: bool) -> Result<(), Failure> {
         ("tls_client_ca", tls(|files| files.client_ca.as_ref())),
         ("tls_ca", tls(|files| files.ca.as_ref())),
         ("tokens", path(config.tokens.as_ref())),
+        ("torchelastic", json!(config.torchelastic.as_ref().map(|endpoint| endpoint.listen))),
+        ("torchelastic_allow", json!((!allow.is_empty()).then(|| allow.join(",")))),
+        ("torchelastic_without", json!((!without.is_empty()).then(|| without.join(",")))),
+        ("torchelastic_advertise", json!(config.torchelastic.as_ref().and_then(|e| e.advertise.clone()))),
+        ("torchelastic_ports", json!(ports)),
         ("silence_ms", ms(timing.silence)),
         // What follows from it.
         ("settle_ms", ms(timing.settle)),

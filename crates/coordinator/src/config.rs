@@ -9,6 +9,7 @@ use reknit_membership::spec::BadTiming;
 
 use crate::etcd::{EtcdAddress, EtcdCredentials};
 use crate::store::recorded::MonotonicUs;
+use crate::torchelastic::TorchElastic;
 
 /// Where records live.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +64,8 @@ pub struct Config {
     pub tls: Option<TlsFiles>,
     /// The file that lists whose tokens are let in; without it nobody needs one. It is read again when it changes.
     pub tokens: Option<PathBuf>,
+    /// The endpoint for stock torchrun, if there is one.
+    pub torchelastic: Option<TorchElastic>,
 }
 
 /// Limits on everything that a peer controls.
@@ -146,6 +149,7 @@ impl Default for Config {
             record: None,
             tls: None,
             tokens: None,
+            torchelastic: None,
         }
     }
 }

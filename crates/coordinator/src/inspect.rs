@@ -9,6 +9,7 @@ use reknit_proto::v1::inspect_server::Inspect;
 use reknit_proto::{PROTOCOL, inspect, v1};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -19,15 +20,61 @@ use crate::jobs::{Jobs, OpenJobError};
 use crate::office::Office;
 use crate::records::Records;
 use crate::rendezvous::open_status;
+use crate::torchelastic::Runs;
 
+#[derive(Clone)]
 pub(crate) struct InspectService {
     office: Office,
     records: Arc<Records>,
+    /// The runs of stock torchrun, if there is an endpoint for them.
+    runs: Option<Arc<Runs>>,
 }
 
 impl InspectService {
-    pub(crate) fn new(office: Office, records: Arc<Records>) -> InspectService {
-        InspectService { office, records }
+    pub(crate) fn new(office: Office, records: Arc<Records>, runs: Option<Arc<Runs>>) -> InspectService {
+        InspectService { office, records, runs }
+    }
+
+    /// A run of stock torchrun, if there is one of that id and it is theirs who ask.
+    fn run_status(&self, who: &Identity, job: &str, members_max: u32) -> Option<v1::JobStatus> {
+        let id = JobId::new(job).ok().filter(|id| who.covers(id))?;
+        let (status, total) =
+            self.runs.as_ref()?.status(&id, self.office.around.clock.now(), most(members_max))?;
+        Some(inspect::from_status(&status, total))
+    }
+
+    fn run_changes(&self, who: &Identity, job: &str) -> Option<Vec<v1::WorldChange>> {
+        let id = JobId::new(job).ok().filter(|id| who.covers(id))?;
+        Some(self.runs.as_ref()?.changes(&id)?.iter().map(inspect::from_change).collect())
+    }
+
+    /// A run of stock torchrun again and again, as often as it changes, and at least every second.
+    fn watch_run(&self, who: Identity, request: v1::StatusRequest) -> Option<Response<StatusStream>> {
+        self.run_status(&who, &request.job, request.members_max)?;
+        let (sender, receiver) = mpsc::channel(1);
+        let this = self.clone();
+        tokio::spawn(async move {
+            let mut last: Option<(Instant, v1::JobStatus)> = None;
+            while let Some(status) = this.run_status(&who, &request.job, request.members_max) {
+                let is_same = |(at, last): &(Instant, v1::JobStatus)| {
+                    at.elapsed() < WATCH_EVERY_MAX
+                        && last.phase == status.phase
+                        && last.generation == status.generation
+                        && last.members_total == status.members_total
+                };
+                if !last.as_ref().is_some_and(is_same) {
+                    last = Some((Instant::now(), status.clone()));
+                    if sender.send(Ok(status)).await.is_err() {
+                        return;
+                    }
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(WATCH_EVERY_MIN) => {}
+                    () = sender.closed() => return,
+                }
+            }
+        });
+        Some(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
     /// An answer from what is saved, which says where a fresher one is to be had.
@@ -76,8 +123,13 @@ pub(crate) fn unanswered(why: Unanswered) -> Status {
     }
 }
 
+/// How many members to list: none means as many as there are.
+fn most(members_max: u32) -> usize {
+    if members_max == 0 { usize::MAX } else { members_max as usize }
+}
+
 async fn status(handle: &JobHandle, members_max: u32) -> Result<v1::JobStatus, Unanswered> {
-    let members_max = if members_max == 0 { usize::MAX } else { members_max as usize };
+    let members_max = most(members_max);
     let (status, total) = handle.ask(|answer| Input::Status { members_max, answer }).await?;
     Ok(inspect::from_status(&status, total))
 }
@@ -100,10 +152,17 @@ impl InspectService {
             });
         }
         let mut jobs: Vec<v1::JobSummary> = asking.join_all().await.into_iter().flatten().collect();
+        for run in self.runs.iter().flat_map(|runs| runs.ids()) {
+            let is_job = jobs.iter().any(|job| job.job == run.as_str());
+            let status = self.run_status(who, run.as_str(), 1).filter(|_| !is_job);
+            jobs.extend(status.as_ref().map(summary));
+        }
         jobs.sort_by(|a, b| a.job.cmp(&b.job));
         jobs
     }
 }
+
+type StatusStream = Pin<Box<dyn Stream<Item = Result<v1::JobStatus, Status>> + Send>>;
 
 /// Watchers see a job's changes at most this often …
 const WATCH_EVERY_MIN: Duration = Duration::from_millis(50);
@@ -169,11 +228,17 @@ impl Inspect for InspectService {
             let status = self.records.status(&self.office.around, &job, request.members_max).await;
             return self.as_saved(status);
         };
-        let handle = find(&jobs, &who, &request.job).await?;
+        let handle = match find(&jobs, &who, &request.job).await {
+            Ok(handle) => handle,
+            Err(why) => {
+                let run = self.run_status(&who, &request.job, request.members_max);
+                return run.map(Response::new).ok_or(why);
+            }
+        };
         Ok(Response::new(status(&handle, request.members_max).await.map_err(unanswered)?))
     }
 
-    type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::JobStatus, Status>> + Send>>;
+    type WatchStream = StatusStream;
 
     async fn watch(
         &self,
@@ -181,7 +246,10 @@ impl Inspect for InspectService {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let who = Identity::of(&request);
         let request = request.into_inner();
-        let handle = find(&self.office.jobs()?, &who, &request.job).await?;
+        let handle = match find(&self.office.jobs()?, &who, &request.job).await {
+            Ok(handle) => handle,
+            Err(why) => return self.watch_run(who, request).ok_or(why),
+        };
         // One status waits at the most: a slow reader sees fewer, newer ones.
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
@@ -220,7 +288,13 @@ impl Inspect for InspectService {
             who.check(&job)?;
             return self.as_saved(self.records.history(&self.office.around, &job).await);
         };
-        let handle = find(&jobs, &who, &request.job).await?;
+        let handle = match find(&jobs, &who, &request.job).await {
+            Ok(handle) => handle,
+            Err(why) => {
+                let changes = self.run_changes(&who, &request.job).ok_or(why)?;
+                return Ok(Response::new(v1::HistoryReply { changes, saved_age_us: None }));
+            }
+        };
         let changes = handle.ask(|answer| Input::History { answer }).await.map_err(unanswered)?;
         let changes = changes.iter().map(inspect::from_change).collect();
         Ok(Response::new(v1::HistoryReply { changes, saved_age_us: None }))

@@ -15,7 +15,8 @@
 //! [`config`] what can be set · [`clock`] · [`store`] where records live · `job` the task that owns one job · `jobs` the
 //! table of them · `rendezvous`, `inspect`, `operate` the services · `listen` connections before they are HTTP ·
 //! [`tls`] their certificates · [`tokens`] whose tokens are let in · `access` who asks, and what they may touch · `rate`
-//! how often · `reload` files that are replaced meanwhile · [`server`] putting it together.
+//! how often · `reload` files that are replaced meanwhile · [`torchelastic`] the endpoint for stock torchrun · [`server`] putting it
+//! together.
 //!
 //! # Invariants
 //! | rule | what is always true |
@@ -56,6 +57,7 @@ pub mod server;
 pub mod store;
 pub mod tls;
 pub mod tokens;
+pub mod torchelastic;
 
 pub use config::{Config, Limits};
 pub use server::{ServeError, Server};

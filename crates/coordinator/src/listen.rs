@@ -180,7 +180,7 @@ struct Place {
 
 /// How many connections each address has open.
 #[derive(Clone)]
-struct PerPeer {
+pub(crate) struct PerPeer {
     open: Arc<Mutex<BTreeMap<IpAddr, Open>>>,
     limit: usize,
 }
@@ -193,13 +193,13 @@ struct Open {
 }
 
 /// One address's place for one connection.
-struct Seat {
+pub(crate) struct Seat {
     peers: PerPeer,
     address: IpAddr,
 }
 
 impl PerPeer {
-    fn new(limit: usize) -> PerPeer {
+    pub(crate) fn new(limit: usize) -> PerPeer {
         PerPeer { open: Arc::default(), limit }
     }
 
@@ -208,7 +208,7 @@ impl PerPeer {
     }
 
     /// A place for one more, if the address may have one.
-    fn take(&self, address: IpAddr) -> Option<Seat> {
+    pub(crate) fn take(&self, address: IpAddr) -> Option<Seat> {
         let address = address.to_canonical();
         let mut open = self.open();
         let own = open.entry(address).or_default();

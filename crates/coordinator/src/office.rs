@@ -89,6 +89,17 @@ impl Office {
         }
     }
 
+    /// Tells whether this server leads, now and whenever that changes; returns when it cannot change any more.
+    pub(crate) async fn tell_leads(&self, mut told: impl FnMut(bool)) {
+        let mut standing = self.standing.clone();
+        loop {
+            told(matches!(&*standing.borrow_and_update(), Standing::Leading(_)));
+            if standing.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
     /// Which reign this is, if this server leads.
     pub(crate) fn epoch(&self) -> Option<Epoch> {
         match &*self.standing.borrow() {

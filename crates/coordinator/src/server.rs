@@ -17,6 +17,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic_health::ServingStatus;
 
 use crate::access::Guard;
+use crate::clock::Clock;
 use crate::config::{Config, StoreConfig};
 use crate::etcd::EtcdError;
 use crate::etcd::cluster::Cluster;
@@ -34,6 +35,7 @@ use crate::store::{Embedded, Epoch, Etcd, Memory, OpenError, Store};
 use crate::tls::Peers;
 use crate::tls::{self, TlsError};
 use crate::tokens::{Tokens, TokensError};
+use crate::torchelastic::TorchServer;
 
 /// Why a server cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +62,22 @@ pub enum ServeError {
         listen: SocketAddr,
         /// What it would need.
         missing: &'static str,
+    },
+    /// The endpoint for torchrun cannot listen there.
+    #[error("the endpoint for torchrun cannot listen on {listen}")]
+    ListenForTorchrun {
+        /// Where it was to listen.
+        listen: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The endpoint for torchrun is reachable from other machines, and nothing says which may connect.
+    #[error(
+        "the endpoint for torchrun on {listen} is reachable from other machines, and its protocol has neither tokens nor TLS"
+    )]
+    OpenToAll {
+        /// Where it was to listen.
+        listen: SocketAddr,
     },
     /// The certificates cannot be used.
     #[error(transparent)]
@@ -100,6 +118,7 @@ pub struct Server {
     office: Office,
     acceptance: Acceptance,
     guard: Guard,
+    endpoint: Option<TorchServer>,
 }
 
 /// By what right a server leads.
@@ -150,6 +169,7 @@ impl Server {
         let listen = config.listen;
         check_exposure(&config, exposure)?;
         let (acceptance, guard) = protection(&config)?;
+        let endpoint = open_endpoint(&config, exposure)?;
         let listener = TcpListener::bind(listen).await.map_err(|source| match source.kind() {
             std::io::ErrorKind::AddrInUse => ServeError::PortInUse { listen },
             _ => ServeError::Listen { listen, source },
@@ -174,19 +194,28 @@ impl Server {
                 let peers = Peers::new(config.tls);
                 let (election, office) = Election::new(cluster, advertise, lease, around, peers);
                 let rule = Rule::Elected(election);
-                return Ok(Server { address, listener, rule, office, acceptance, guard });
+                return Ok(Server { address, listener, rule, office, acceptance, guard, endpoint });
             }
         };
         let jobs = Jobs::new(around(Arc::clone(&alone)).reigning(alone, Epoch::default()));
         let known = jobs.load_all().await.map_err(|why| ServeError::Records(source_text(&why)))?;
         tracing::info!(%address, store = jobs.around.store.describe(), jobs = known, "listening");
         let office = Office::for_good(jobs.clone());
-        Ok(Server { address, listener, rule: Rule::Alone(jobs), office, acceptance, guard })
+        if let Some(endpoint) = &endpoint {
+            endpoint.leads(true);
+        }
+        let rule = Rule::Alone(jobs);
+        Ok(Server { address, listener, rule, office, acceptance, guard, endpoint })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where the endpoint for torchrun listens, if there is one.
+    pub fn torchelastic_address(&self) -> Option<SocketAddr> {
+        self.endpoint.as_ref().map(TorchServer::address)
     }
 
     /// Serves until `stop` is ready; then ends every stream, lets what is being saved be saved, and returns. Members
@@ -216,7 +245,13 @@ impl Server {
         let rendezvous = RendezvousServer::new(RendezvousService::new(self.office.clone()))
             .max_decoding_message_size(limits.message_bytes);
         let rendezvous = InterceptedService::new(rendezvous, self.guard.clone());
-        let inspect = InspectServer::new(InspectService::new(self.office.clone(), records))
+        let endpoint = self.endpoint.map(Arc::new);
+        let runs = endpoint.as_ref().map(|endpoint| endpoint.runs());
+        let telling = endpoint.clone().map(|endpoint| {
+            let office = self.office.clone();
+            tokio::spawn(async move { office.tell_leads(|leads| endpoint.leads(leads)).await })
+        });
+        let inspect = InspectServer::new(InspectService::new(self.office.clone(), records, runs))
             .max_decoding_message_size(limits.message_bytes);
         let inspect = InterceptedService::new(inspect, self.guard.clone());
         let operate = OperateServer::new(OperateService::new(self.office.clone()))
@@ -266,8 +301,8 @@ impl Server {
                 Ok(())
             }
         };
-        if let Some(reading) = reading {
-            reading.abort();
+        for helper in [reading, telling].into_iter().flatten() {
+            helper.abort();
         }
         served
     }
@@ -286,6 +321,19 @@ fn check_exposure(config: &Config, exposure: Exposure) -> Result<(), ServeError>
         (Some(_), None) => "tokens",
     };
     Err(ServeError::NotLoopback { listen, missing })
+}
+
+/// The endpoint for torchrun, listening, if there is to be one.
+fn open_endpoint(config: &Config, exposure: Exposure) -> Result<Option<TorchServer>, ServeError> {
+    let Some(settings) = config.torchelastic.clone() else { return Ok(None) };
+    let listen = settings.listen;
+    if exposure == Exposure::Loopback && !listen.ip().is_loopback() && settings.allow.is_empty() {
+        return Err(ServeError::OpenToAll { listen });
+    }
+    let endpoint = TorchServer::start(settings, config.silence, Clock::start())
+        .map_err(|source| ServeError::ListenForTorchrun { listen, source })?;
+    tracing::info!(address = %endpoint.address(), "listening for torchrun");
+    Ok(Some(endpoint))
 }
 
 /// What keeps strangers out, as the files have it now and whenever they change.

@@ -180,6 +180,8 @@ pub enum Closure {
     },
     /// An operator closed it.
     Closed,
+    /// Its members ended it, and did not say at which step: agents of stock torchrun.
+    ByMembers,
 }
 
 /// Why a join is refused.
@@ -368,6 +370,7 @@ impl fmt::Display for Closure {
         match self {
             Closure::Completed { step } => write!(f, "completed at step {step}"),
             Closure::Closed => write!(f, "closed by an operator"),
+            Closure::ByMembers => write!(f, "ended by its members"),
         }
     }
 }

@@ -9,10 +9,11 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate may use of the others. Tests may use anything.
-const MAY_USE: [(&str, &[&str]); 8] = [
+const MAY_USE: [(&str, &[&str]); 9] = [
     ("reknit-membership", &[]),
     ("reknit-proto", &["reknit-membership"]),
-    ("reknit-coordinator", &["reknit-proto", "reknit-membership"]),
+    ("reknit-torchelastic", &[]),
+    ("reknit-coordinator", &["reknit-proto", "reknit-membership", "reknit-torchelastic"]),
     ("reknit-collectives", &["reknit-membership"]),
     ("reknit-checkpoint", &["reknit-membership"]),
     ("reknit-trainer", &["reknit-proto", "reknit-collectives", "reknit-checkpoint", "reknit-membership"]),
@@ -25,6 +26,7 @@ const MAY_USE: [(&str, &[&str]); 8] = [
             "reknit-checkpoint",
             "reknit-proto",
             "reknit-membership",
+            "reknit-torchelastic",
         ],
     ),
     ("reknit-example-digits", &["reknit-trainer"]),

@@ -29,6 +29,8 @@ pub(crate) const BOUND: Duration = Duration::from_secs(30);
 
 pub(crate) struct Running {
     pub(crate) address: SocketAddr,
+    /// The endpoint for torchrun, if there is one.
+    pub(crate) torchelastic: Option<SocketAddr>,
     _stop: oneshot::Sender<()>,
 }
 
@@ -42,12 +44,12 @@ impl Running {
         let listen = "127.0.0.1:0".parse().unwrap();
         let config = Config { listen, store: StoreConfig::Memory, ..config };
         let server = Server::bind(config, Exposure::Loopback).await.unwrap();
-        let address = server.address();
+        let (address, torchelastic) = (server.address(), server.torchelastic_address());
         let (stop, stopped) = oneshot::channel::<()>();
         tokio::spawn(server.run(async {
             let _ = stopped.await;
         }));
-        Running { address, _stop: stop }
+        Running { address, torchelastic, _stop: stop }
     }
 
     pub(crate) fn url(&self) -> String {

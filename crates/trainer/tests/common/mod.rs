@@ -76,11 +76,15 @@ impl Coordinator {
 
     /// The members of a job, by name.
     pub(crate) fn members(&self, job: &str) -> BTreeMap<String, v1::MemberStatus> {
+        self.status(job).members.into_iter().map(|member| (member.name.clone(), member)).collect()
+    }
+
+    /// A job as an operator sees it.
+    pub(crate) fn status(&self, job: &str) -> v1::JobStatus {
         let request = v1::StatusRequest { job: job.to_owned(), members_max: 0 };
         self.client.block_on(async {
             let mut client = InspectClient::connect(self.url.clone()).await.unwrap();
-            let members = client.status(request).await.unwrap().into_inner().members;
-            members.into_iter().map(|member| (member.name.clone(), member)).collect()
+            client.status(request).await.unwrap().into_inner()
         })
     }
 

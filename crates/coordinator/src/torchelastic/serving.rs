@@ -1,0 +1,572 @@
+//! The thread that serves: it waits for what the operating system says of its sockets, and does it.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use mio::net::{TcpListener, TcpStream};
+use mio::{Events, Interest, Poll, Token, Waker};
+use reknit_membership::Timestamp;
+use reknit_torchelastic::kv::{ConnectionId, KvStore};
+use reknit_torchelastic::rendezvous::{Caller, Effect, Rendezvous};
+use reknit_torchelastic::wire::{self, Parsed, Request};
+
+use super::connection::{Connection, Greeting, Received, Side, greeting};
+use super::view::Runs;
+use super::{Command, TorchElastic};
+use crate::clock::Clock;
+use crate::listen::PerPeer;
+
+/// What a socket's events are known by. Connections count up from the first number that is free for them.
+const WAKE: Token = Token(0);
+const RENDEZVOUS: Token = Token(1);
+const FIRST_CONNECTION: u64 = 1 << 20;
+
+/// How much is read at once, and how often in a row from one connection while others wait.
+const READ_BYTES: usize = 64 << 10;
+const READS_IN_A_ROW: usize = 16;
+/// How often connections that are waited for are looked through.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How many connections may wait to be accepted.
+const BACKLOG: i32 = 4096;
+/// How many events are taken at once.
+const EVENTS: usize = 1024;
+
+pub(super) struct Serving {
+    settings: TorchElastic,
+    silence: Duration,
+    clock: Clock,
+    poll: Poll,
+    waker: Arc<Waker>,
+    inbox: mpsc::Receiver<Command>,
+    listener: TcpListener,
+    address: SocketAddr,
+    leads: bool,
+    peers: PerPeer,
+    connections: HashMap<Token, Connection>,
+    next: u64,
+    rendezvous: Rendezvous,
+    stores: BTreeMap<usize, WorkerStore>,
+    store_of: HashMap<String, usize>,
+    next_store: usize,
+    runs: Arc<Runs>,
+    /// Connections of which there is more to read, although the system will not say so again.
+    again: VecDeque<Token>,
+    /// Bytes of requests that are not all there.
+    pending: usize,
+    /// How many connections are waited for: to greet, or to read.
+    last_look: Instant,
+    refused: HashMap<IpAddr, Instant>,
+}
+
+/// Where the workers of one run meet.
+struct WorkerStore {
+    run: String,
+    listener: TcpListener,
+    kv: KvStore,
+}
+
+/// What is filled anew for every request, kept for its memory.
+#[derive(Default)]
+struct Scratch {
+    reply: Vec<u8>,
+    woken: Vec<ConnectionId>,
+    effects: Vec<Effect>,
+}
+
+impl Serving {
+    pub(super) fn new(
+        settings: TorchElastic,
+        silence: Duration,
+        clock: Clock,
+        runs: Arc<Runs>,
+        inbox: mpsc::Receiver<Command>,
+    ) -> io::Result<Serving> {
+        let poll = Poll::new()?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
+        let mut listener = listen(settings.listen)?;
+        poll.registry().register(&mut listener, RENDEZVOUS, Interest::READABLE)?;
+        let address = listener.local_addr()?;
+        let limits = settings.limits;
+        let rendezvous =
+            Rendezvous::new(settings.repairs, limits.kv, limits.runs, settings.advertise.clone());
+        Ok(Serving {
+            silence,
+            clock,
+            poll,
+            waker,
+            inbox,
+            listener,
+            address,
+            leads: false,
+            peers: PerPeer::new(limits.connections_per_peer),
+            connections: HashMap::new(),
+            next: FIRST_CONNECTION,
+            rendezvous,
+            stores: BTreeMap::new(),
+            store_of: HashMap::new(),
+            next_store: 2,
+            runs,
+            again: VecDeque::new(),
+            pending: 0,
+            last_look: Instant::now(),
+            refused: HashMap::new(),
+            settings,
+        })
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub(super) fn waker(&self) -> Arc<Waker> {
+        Arc::clone(&self.waker)
+    }
+
+    pub(super) fn run(mut self) {
+        let mut events = Events::with_capacity(EVENTS);
+        let mut buffer = vec![0; READ_BYTES];
+        let mut scratch = Scratch::default();
+        loop {
+            let patience = if self.again.is_empty() { self.patience() } else { Some(Duration::ZERO) };
+            match self.poll.poll(&mut events, patience) {
+                Ok(()) => {}
+                Err(why) if why.kind() == io::ErrorKind::Interrupted => continue,
+                Err(why) => {
+                    tracing::error!(error = %why, "the endpoint for torchrun ends");
+                    return;
+                }
+            }
+            for event in &events {
+                match event.token() {
+                    WAKE => {
+                        if !self.obey(&mut scratch) {
+                            return;
+                        }
+                    }
+                    RENDEZVOUS => self.accept(Side::Rendezvous),
+                    Token(store) if (store as u64) < FIRST_CONNECTION => self.accept(Side::Workers(store)),
+                    token => {
+                        let ends = event.is_read_closed() || event.is_error();
+                        self.serve(token, ends, &mut buffer, &mut scratch);
+                    }
+                }
+            }
+            for _ in 0..self.again.len() {
+                if let Some(token) = self.again.pop_front() {
+                    self.serve(token, false, &mut buffer, &mut scratch);
+                }
+            }
+            if self.last_look.elapsed() >= LOOK_EVERY {
+                self.look_through(&mut scratch);
+            }
+        }
+    }
+
+    /// How long nothing needs to be done without an event.
+    fn patience(&self) -> Option<Duration> {
+        (!self.connections.is_empty()).then_some(LOOK_EVERY)
+    }
+
+    /// False if that was the end.
+    fn obey(&mut self, scratch: &mut Scratch) -> bool {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(Command::Leads(leads)) => {
+                    if self.leads && !leads {
+                        self.forget_all(scratch);
+                    }
+                    self.leads = leads;
+                }
+                Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return false,
+                Err(mpsc::TryRecvError::Empty) => return true,
+            }
+        }
+    }
+
+    /// Another coordinator leads: what agents agree on here would be a second truth.
+    fn forget_all(&mut self, scratch: &mut Scratch) {
+        let tokens: Vec<Token> = self.connections.keys().copied().collect();
+        for token in tokens {
+            self.close(token, scratch);
+        }
+        self.runs.clear();
+    }
+
+    fn accept(&mut self, side: Side) {
+        loop {
+            let listener = match side {
+                Side::Rendezvous => &self.listener,
+                Side::Workers(store) => match self.stores.get(&store) {
+                    Some(store) => &store.listener,
+                    None => return,
+                },
+            };
+            match listener.accept() {
+                Ok((stream, peer)) => self.admit(stream, peer.ip().to_canonical(), side),
+                Err(why) if why.kind() == io::ErrorKind::WouldBlock => return,
+                Err(why) => {
+                    // Out of descriptors, most likely: closing connections will free some, and bring the next event.
+                    tracing::warn!(error = %why, "a connection of torchrun could not be accepted");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn admit(&mut self, stream: TcpStream, peer: IpAddr, side: Side) {
+        // A client tries again for minutes: another coordinator leads then, or this one.
+        if !self.leads {
+            return;
+        }
+        if !self.settings.allows(peer) {
+            return self.say_refused(
+                peer,
+                "its address is not in a network that may connect (--torchelastic-allow)",
+            );
+        }
+        let limit = self.settings.limits.connections;
+        if self.connections.len() >= limit {
+            tracing::warn!(limit, "too many connections of torchrun: one is closed at once");
+            return;
+        }
+        let Some(seat) = self.peers.take(peer) else { return };
+        let token = Token(self.next as usize);
+        let admitted = Connection::new(stream, side, self.silence, seat).and_then(|mut connection| {
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            self.poll.registry().register(&mut connection.stream, token, interest)?;
+            Ok(connection)
+        });
+        // It may have gone meanwhile.
+        if let Ok(connection) = admitted {
+            self.next += 1;
+            self.connections.insert(token, connection);
+        }
+    }
+
+    /// Says it once a minute for an address: strangers may come often.
+    fn say_refused(&mut self, peer: IpAddr, why: &str) {
+        let now = Instant::now();
+        if self.refused.get(&peer).is_some_and(|said| now - *said < REFUSED_EVERY) {
+            return;
+        }
+        if self.refused.len() >= REFUSED_MAX {
+            self.refused.clear();
+        }
+        self.refused.insert(peer, now);
+        tracing::warn!(%peer, why, "a connection to the endpoint for torchrun is refused");
+    }
+
+    /// Sends what is left to be sent, reads what there is to read, and answers it.
+    fn serve(&mut self, token: Token, ends: bool, buffer: &mut [u8], scratch: &mut Scratch) {
+        for _ in 0..READS_IN_A_ROW {
+            let Some(connection) = self.connections.get_mut(&token) else { return };
+            if connection.flush().is_err() {
+                return self.close(token, scratch);
+            }
+            if !connection.is_flushed() {
+                return;
+            }
+            // What came while the client did not read was not answered.
+            if !connection.pending.is_empty() && !self.answer(token, &[], scratch) {
+                return;
+            }
+            let Some(connection) = self.connections.get_mut(&token) else { return };
+            if !connection.is_flushed() {
+                return;
+            }
+            let (length, is_all) = match connection.receive(buffer) {
+                Ok(Received::All(length)) => (length, true),
+                Ok(Received::Some(length)) => (length, false),
+                Ok(Received::Ended) | Err(_) => return self.close(token, scratch),
+            };
+            if length > 0 && !self.answer(token, &buffer[..length], scratch) {
+                return;
+            }
+            if is_all && (!ends || length == 0) {
+                return;
+            }
+        }
+        self.again.push_back(token);
+    }
+
+    /// Answers the requests that are whole now that `received` has come. False if the connection is closed.
+    fn answer(&mut self, token: Token, received: &[u8], scratch: &mut Scratch) -> bool {
+        let Some(connection) = self.connections.get_mut(&token) else { return false };
+        // What is kept is seldom more than a part of one request.
+        let kept = std::mem::take(&mut connection.pending);
+        self.pending -= kept.len();
+        let joined: Vec<u8>;
+        let bytes = match (kept.is_empty(), received.is_empty()) {
+            (true, _) => received,
+            (false, true) => &kept,
+            (false, false) => {
+                let mut whole = kept;
+                whole.extend_from_slice(received);
+                joined = whole;
+                &joined
+            }
+        };
+        let mut at = 0;
+        let needs = connection.needs;
+        let looked =
+            if bytes.len() < needs { Ok(needs) } else { self.requests(token, bytes, &mut at, scratch) };
+        let needs = match looked {
+            Ok(needs) => needs,
+            Err(CutOff { peer, text }) => {
+                tracing::warn!(%peer, why = text, "a connection of torchrun is cut off");
+                self.close(token, scratch);
+                return false;
+            }
+        };
+        let Some(connection) = self.connections.get_mut(&token) else { return false };
+        let rest = &bytes[at..];
+        self.pending += rest.len();
+        connection.keep(rest, needs);
+        if self.pending > self.settings.limits.pending_bytes {
+            let limit = self.settings.limits.pending_bytes;
+            tracing::warn!(peer = %connection.peer, limit, "too much is half sent: a connection of torchrun is cut off");
+            self.close(token, scratch);
+            return false;
+        }
+        true
+    }
+
+    /// Carries out one request after the other, as long as the client reads the answers. Returns how long what is left must
+    /// be before it is worth looking at.
+    fn requests(
+        &mut self,
+        token: Token,
+        bytes: &[u8],
+        at: &mut usize,
+        scratch: &mut Scratch,
+    ) -> Result<usize, CutOff> {
+        let limits = self.settings.limits.wire;
+        loop {
+            let Some(connection) = self.connections.get_mut(&token) else { return Ok(0) };
+            let rest = &bytes[*at..];
+            let cut_off = |text: String| CutOff { peer: connection.peer, text };
+            if rest.is_empty() || !connection.is_flushed() {
+                return Ok(0);
+            }
+            if !connection.is_greeted {
+                match greeting(rest, &limits) {
+                    Greeting::Needs(needs) => return Ok(needs),
+                    Greeting::Stranger(what) => return Err(cut_off(format!("it is {what}"))),
+                    Greeting::Torch(length) => {
+                        connection.is_greeted = true;
+                        *at += length;
+                        continue;
+                    }
+                }
+            }
+            let (request, length) = match wire::parse(rest, &limits) {
+                Ok(Parsed::Whole(request, length)) => (request, length),
+                Ok(Parsed::Needs(needs)) => return Ok(needs),
+                Err(why) => return Err(cut_off(why.to_string())),
+            };
+            *at += length;
+            if matches!(request, Request::Ping { .. }) {
+                connection.pings = true;
+            }
+            let id = ConnectionId(token.0 as u64);
+            let caller = Caller {
+                connection: id,
+                peer: connection.peer,
+                reached: connection.reached,
+                pings: connection.pings,
+            };
+            let (peer, side) = (connection.peer, connection.side);
+            scratch.reply.clear();
+            let carried_out = match side {
+                Side::Rendezvous => {
+                    let now = since_epoch(self.clock.now());
+                    let Scratch { reply, woken, effects } = scratch;
+                    let done = self.rendezvous.request(now, caller, request, reply, woken, effects);
+                    done.map_err(|why| why.to_string())
+                }
+                Side::Workers(store) => match self.stores.get_mut(&store) {
+                    Some(store) => {
+                        let Scratch { reply, woken, .. } = scratch;
+                        store.kv.request(id, request, reply, woken).map_err(|why| why.to_string())
+                    }
+                    None => Err("its run is over".to_owned()),
+                },
+            };
+            if let Err(text) = carried_out {
+                return Err(CutOff { peer, text });
+            }
+            if !scratch.effects.is_empty() {
+                self.perform(Some(caller), scratch);
+            }
+            if !scratch.reply.is_empty()
+                && let Some(connection) = self.connections.get_mut(&token)
+                && let Err(why) = connection.send(&scratch.reply)
+            {
+                return Err(CutOff { peer, text: why.to_string() });
+            }
+            if !scratch.woken.is_empty() {
+                self.wake(scratch);
+            }
+        }
+    }
+
+    /// Ends the waits that have ended.
+    fn wake(&mut self, scratch: &mut Scratch) {
+        for woken in scratch.woken.drain(..) {
+            if let Some(connection) = self.connections.get_mut(&Token(woken.0 as usize)) {
+                // Whatever is wrong with it, its own event will tell.
+                let _ = connection.send(&[wire::STOP_WAITING]);
+            }
+        }
+    }
+
+    fn perform(&mut self, caller: Option<Caller>, scratch: &mut Scratch) {
+        let mut effects = std::mem::take(&mut scratch.effects);
+        for effect in effects.drain(..) {
+            match effect {
+                Effect::OpenStore(run) => {
+                    let Some(caller) = caller else { continue };
+                    let port = self.open_store(&run);
+                    if let Err(why) = self.rendezvous.opened(&run, port, caller, &mut scratch.woken) {
+                        tracing::error!(run, error = %why, "workers cannot be told where they meet");
+                    }
+                }
+                Effect::EmptyStore(run) => {
+                    let Some(store) = self.store_of.get(&run).copied() else { continue };
+                    self.close_workers(store, scratch);
+                    if let Some(store) = self.stores.get_mut(&store) {
+                        store.kv = KvStore::for_workers(self.settings.limits.kv);
+                    }
+                }
+                Effect::CloseStore(run) => {
+                    let Some(store) = self.store_of.remove(&run) else { continue };
+                    self.close_workers(store, scratch);
+                    if let Some(mut store) = self.stores.remove(&store) {
+                        let _ = self.poll.registry().deregister(&mut store.listener);
+                        tracing::debug!(run = store.run, "the store of a run's workers is closed");
+                    }
+                }
+                Effect::Close(connections) => {
+                    for connection in connections {
+                        self.close(Token(connection.0 as usize), scratch);
+                    }
+                }
+                Effect::Changed(run) => {
+                    if let Some((known, has_ended)) = self.rendezvous.run(&run) {
+                        self.runs.changed(&run, known, has_ended);
+                    }
+                }
+                Effect::Forgotten(run) => self.runs.forget(&run),
+            }
+        }
+        // For its memory.
+        if scratch.effects.is_empty() {
+            scratch.effects = effects;
+        }
+    }
+
+    /// Opens a store for the workers of a run, and returns its port.
+    fn open_store(&mut self, run: &str) -> Option<u16> {
+        let ports = self.settings.worker_ports.clone().unwrap_or(0..=0);
+        let ip = self.address.ip();
+        let opened = ports.into_iter().find_map(|port| listen(SocketAddr::new(ip, port)).ok()).and_then(
+            |mut listener| {
+                let port = listener.local_addr().ok()?.port();
+                let token = Token(self.next_store);
+                self.poll.registry().register(&mut listener, token, Interest::READABLE).ok()?;
+                Some((listener, port))
+            },
+        );
+        let Some((listener, port)) = opened else {
+            tracing::error!(
+                run,
+                "no port is free for the store of this run's workers: they meet in their own"
+            );
+            return None;
+        };
+        let store = self.next_store;
+        self.next_store += 1;
+        self.stores.insert(
+            store,
+            WorkerStore { run: run.to_owned(), listener, kv: KvStore::for_workers(self.settings.limits.kv) },
+        );
+        self.store_of.insert(run.to_owned(), store);
+        Some(port)
+    }
+
+    fn close_workers(&mut self, store: usize, scratch: &mut Scratch) {
+        let side = Side::Workers(store);
+        let theirs = self.connections.iter().filter(|(_, connection)| connection.side == side);
+        let tokens: Vec<Token> = theirs.map(|(token, _)| *token).collect();
+        for token in tokens {
+            self.close(token, scratch);
+        }
+    }
+
+    fn close(&mut self, token: Token, scratch: &mut Scratch) {
+        let Some(mut connection) = self.connections.remove(&token) else { return };
+        self.pending -= connection.pending.len();
+        let _ = self.poll.registry().deregister(&mut connection.stream);
+        let id = ConnectionId(token.0 as u64);
+        match connection.side {
+            Side::Workers(store) => {
+                if let Some(store) = self.stores.get_mut(&store) {
+                    store.kv.forget(id);
+                }
+            }
+            Side::Rendezvous => {
+                let now = since_epoch(self.clock.now());
+                let Scratch { woken, effects, .. } = scratch;
+                self.rendezvous.disconnected(now, id, woken, effects);
+                drop(connection);
+                self.perform(None, scratch);
+                self.wake(scratch);
+            }
+        }
+    }
+
+    /// Ends connections that have been waited for too long.
+    fn look_through(&mut self, scratch: &mut Scratch) {
+        self.last_look = Instant::now();
+        let limits = self.settings.limits;
+        let late = |connection: &Connection| {
+            let allowed = if connection.is_greeted { limits.reading } else { limits.first_bytes };
+            (!connection.is_greeted || !connection.is_flushed()) && connection.since.elapsed() > allowed
+        };
+        let late = self.connections.iter().filter(|(_, connection)| late(connection));
+        let late: Vec<Token> = late.map(|(token, _)| *token).collect();
+        for token in late {
+            self.close(token, scratch);
+        }
+    }
+}
+
+/// Why a connection is cut off.
+struct CutOff {
+    peer: IpAddr,
+    text: String,
+}
+
+/// How often it is said that an address is refused, and of how many addresses that is remembered.
+const REFUSED_EVERY: Duration = Duration::from_secs(60);
+const REFUSED_MAX: usize = 1024;
+
+fn since_epoch(now: Timestamp) -> Duration {
+    Duration::from_micros(now.0)
+}
+
+/// Listens; on IPv4 too, if the address is the one that stands for all of IPv6.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(TcpListener::from_std(socket.into()))
+}
