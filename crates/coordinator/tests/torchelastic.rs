@@ -121,6 +121,53 @@ async fn e7_one_who_does_not_read_is_cut_off_and_holds_up_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn e7_whoever_leaves_the_most_half_sent_or_unread_is_cut_off_and_nobody_else() {
+    let server = start(ClientLimits { pending_bytes: 12 << 20, ..ClientLimits::default() }).await;
+    let mut request = Vec::new();
+    Request::Set { key: b"/k", value: &vec![1; 7 << 20] }.encode(&mut request);
+    let (part, rest) = request.split_at(6 << 20);
+    let (mut most, mut less) = (Client::new(&server), Client::new(&server));
+    most.0.write_all(&request[..part.len() + 100]).unwrap();
+    // It is there when what it has said before is answered.
+    less.set("/large", &vec![1; 4 << 20]);
+    assert_eq!(less.get("/large").len(), 4 << 20);
+    eventually("the half of it to arrive", async || {
+        let mut probe = Client::new(&server);
+        let _ = less.0.write_all(part);
+        probe.is_served().then_some(())
+    })
+    .await;
+    assert!(most.ends());
+    less.0.write_all(rest).unwrap();
+    assert!(less.is_served());
+    // The same for what is not read.
+    let mut slow = Client::new(&server);
+    for _ in 0..10 {
+        slow.say(Request::Get { key: b"/large" });
+    }
+    let keys = [&b"/large"[..]; 8];
+    let mut bytes = vec![10];
+    bytes.extend_from_slice(&(keys.len() as u64).to_le_bytes());
+    keys.iter().for_each(|key| put_text(&mut bytes, key));
+    let mut slower = Client::new(&server);
+    slower.0.write_all(&bytes).unwrap();
+    let mut ping = Vec::new();
+    Request::Ping { nonce: 1 }.encode(&mut ping);
+    eventually("the end of it", async || slower.0.write_all(&ping).is_err().then_some(())).await;
+    assert!(less.is_served());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn e7_half_a_request_is_not_waited_for_for_ever() {
+    let server = start(ClientLimits { reading: Duration::from_millis(300), ..ClientLimits::default() }).await;
+    let mut idle = Client::new(&server);
+    let mut half = Client::new(&server);
+    half.0.write_all(&[1, 9]).unwrap();
+    assert!(half.ends());
+    assert!(idle.is_served(), "whoever has nothing to say is left alone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn e7_a_flood_of_requests_is_answered_in_turn() {
     let server = start(ClientLimits::default()).await;
     let mut flood = Client::new(&server);

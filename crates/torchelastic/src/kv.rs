@@ -18,13 +18,15 @@ pub struct KvLimits {
     pub entries: usize,
     /// Bytes of keys and values.
     pub bytes: usize,
+    /// Bytes of one value, however it came to be.
+    pub value_bytes: usize,
     /// Bytes of one reply.
     pub reply_bytes: usize,
 }
 
 impl Default for KvLimits {
     fn default() -> KvLimits {
-        KvLimits { entries: 1 << 20, bytes: 512 << 20, reply_bytes: 64 << 20 }
+        KvLimits { entries: 1 << 20, bytes: 256 << 20, value_bytes: 8 << 20, reply_bytes: 64 << 20 }
     }
 }
 
@@ -42,6 +44,12 @@ pub enum KvError {
         entries: usize,
         /// The limit on bytes.
         bytes: usize,
+    },
+    /// A value would be longer than it may.
+    #[error("a value of more than {limit} bytes")]
+    LongValue {
+        /// The limit.
+        limit: usize,
     },
     /// The reply would be longer than it may.
     #[error("a reply of more than {limit} bytes")]
@@ -115,9 +123,7 @@ impl KvStore {
             Request::Ping { nonce } => reply.extend_from_slice(&nonce.to_le_bytes()),
             Request::Set { key, value } => self.set(key, value, woken)?,
             Request::Append { key, value } => {
-                let mut whole = self.get(key).unwrap_or_default().to_vec();
-                whole.extend_from_slice(value);
-                self.put(key, whole, woken)?;
+                self.append(key, value, woken)?;
             }
             Request::MultiSet { pairs } => {
                 for (key, value) in pairs {
@@ -173,9 +179,19 @@ impl KvStore {
         self.values.get(key).map(Vec::as_slice)
     }
 
-    /// Every key.
-    pub fn keys(&self) -> impl Iterator<Item = &[u8]> {
-        self.values.keys().map(|key| &**key)
+    /// Removes the keys and queues of such names.
+    pub fn clear(&mut self, which: impl Fn(&[u8]) -> bool) {
+        let named = |name: &&Box<[u8]>| which(name);
+        let keys: Vec<Box<[u8]>> = self.values.keys().filter(named).cloned().collect();
+        for key in keys {
+            self.remove(&key);
+        }
+        let queues: Vec<Box<[u8]>> = self.queues.keys().filter(named).cloned().collect();
+        for name in queues {
+            let queue = self.queues.remove(&name).unwrap_or_default();
+            self.queued -= queue.len();
+            self.bytes -= name.len() + queue.iter().map(Vec::len).sum::<usize>();
+        }
     }
 
     /// Replaces a value.
@@ -204,6 +220,27 @@ impl KvStore {
             }
         }
         Ok(())
+    }
+
+    fn append(&mut self, key: &[u8], more: &[u8], woken: &mut Vec<ConnectionId>) -> Result<(), KvError> {
+        let full = self.full();
+        let Some(now) = self.values.get_mut(key) else { return self.set(key, more, woken) };
+        if now.len() + more.len() > self.limits.value_bytes {
+            return Err(KvError::LongValue { limit: self.limits.value_bytes });
+        }
+        if self.bytes + more.len() > self.limits.bytes {
+            return Err(full);
+        }
+        self.bytes += more.len();
+        now.extend_from_slice(more);
+        Ok(())
+    }
+
+    /// Whether a value of so many bytes could be stored under a key.
+    pub fn has_room(&self, key: &[u8], bytes: usize) -> bool {
+        let entries = self.values.len() + self.queued + self.awaited_keys;
+        (entries < self.limits.entries || self.values.contains_key(key))
+            && self.bytes + key.len() + bytes <= self.limits.bytes
     }
 
     fn make_room(&mut self, bytes: usize) -> Result<(), KvError> {
@@ -270,7 +307,9 @@ impl KvStore {
         let names = keys.map(|key| self.named(key));
         let missing: HashSet<Box<[u8]>> = names.filter(|key| !self.is_there(key)).map(Into::into).collect();
         let entries = self.values.len() + self.queued + self.awaited_keys;
-        if entries + missing.len() > self.limits.entries {
+        let bytes: usize = missing.iter().map(|key| key.len()).sum();
+        // Each is kept twice. What is waited for is little, or somebody means ill.
+        if entries + missing.len() > self.limits.entries || bytes > self.limits.value_bytes / 8 {
             return Err(self.full());
         }
         self.awaited_keys += missing.len();

@@ -18,13 +18,13 @@ pub use write::write;
 pub struct PickleLimits {
     /// How deep.
     pub depth: usize,
-    /// How many values, counting one that is referred to twice twice.
+    /// How many values, and bytes of texts, counting what is referred to twice twice.
     pub values: usize,
 }
 
 impl Default for PickleLimits {
     fn default() -> PickleLimits {
-        PickleLimits { depth: 12, values: 400_000 }
+        PickleLimits { depth: 12, values: 2 << 20 }
     }
 }
 
@@ -487,7 +487,12 @@ impl Machine<'_> {
 
     /// The value that the program has made, as a tree. A value that lies within itself is deeper than any limit.
     fn build(&self, value: usize, depth: usize, budget: &mut usize) -> Result<Value, PickleError> {
-        *budget = budget.checked_sub(1).ok_or(PickleError::Large)?;
+        let bytes = match &self.values[value] {
+            Cell::Plain(Value::Text(text)) => text.len(),
+            Cell::Plain(Value::Bytes(bytes)) => bytes.len(),
+            _ => 0,
+        };
+        *budget = budget.checked_sub(1 + bytes).ok_or(PickleError::Large)?;
         let depth = depth.checked_sub(1).ok_or(PickleError::Large)?;
         let mut all = |items: &[usize]| {
             items.iter().map(|item| self.build(*item, depth, budget)).collect::<Result<Vec<_>, _>>()

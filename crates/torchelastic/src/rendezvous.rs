@@ -97,6 +97,18 @@ pub enum RequestError {
         /// How many.
         runs: usize,
     },
+    /// A key of a run that there is not.
+    #[error("there is no run {run:?} that this key could be of")]
+    NoRun {
+        /// Its id.
+        run: String,
+    },
+    /// A connection of one run's agent turns to another run.
+    #[error("an agent is of one run, and this one is of another than {run:?}")]
+    OtherRun {
+        /// The other one.
+        run: String,
+    },
     /// There are as many runs as there may be.
     #[error("there are {limit} runs, and no more may be")]
     TooManyRuns {
@@ -212,7 +224,10 @@ impl Rendezvous {
             | Request::QueuePush { key, .. }
             | Request::Barrier { key, .. } => match self.owner(key) {
                 Owner::State(run) => Err(RequestError::NotLikeThis { run }),
-                Owner::Round { .. } => self.carry_out(from, request, by),
+                Owner::Round { run, .. } => {
+                    self.live(&run)?;
+                    self.carry_out(from, request, by)
+                }
                 Owner::Nobody => self.plain(from, request, by),
             },
             Request::Get { key } => {
@@ -272,6 +287,14 @@ impl Rendezvous {
         Ok(self.kv.request(from.connection, request, by.reply, by.woken)?)
     }
 
+    /// Whatever is stored for a run goes with it: what is of none would stay.
+    fn live(&self, run: &str) -> Result<(), RequestError> {
+        match self.runs.get(run).is_some_and(|entry| !entry.has_ended) {
+            true => Ok(()),
+            false => Err(RequestError::NoRun { run: run.to_owned() }),
+        }
+    }
+
     /// A request that touches no run.
     fn plain(&mut self, from: Caller, request: Request<'_>, by: &mut Answer<'_>) -> Result<(), RequestError> {
         self.others.insert(from.connection);
@@ -282,7 +305,7 @@ impl Rendezvous {
     /// has the key.
     fn owner(&self, key: &[u8]) -> Owner {
         let Some(rest) = key.strip_prefix(PREFIX.as_bytes()) else { return Owner::Nobody };
-        // A key that is no text belongs to no run that an agent could name; but it may not be the state of one either.
+        // No agent can name a run whose key is no text: it is refused as one that is written wrongly.
         let rest = String::from_utf8_lossy(rest).into_owned();
         let is_live = |run: &str| self.runs.get(run).is_some_and(|entry| !entry.has_ended);
         if is_live(&rest) {
@@ -309,6 +332,7 @@ impl Rendezvous {
         match self.owner(key) {
             Owner::State(run) => Err(RequestError::NotLikeThis { run }),
             Owner::Round { run, name } => {
+                self.live(&run)?;
                 let ours = self.runs.get(&run).and_then(|entry| entry.store.port());
                 match (name.as_str(), ours) {
                     // The agent has a store of its own, which nobody will use.
@@ -359,6 +383,9 @@ impl Rendezvous {
         (expected, desired): (&[u8], &[u8]),
         by: &mut Answer<'_>,
     ) -> Result<(), RequestError> {
+        if key.strip_prefix(PREFIX.as_bytes()) != Some(run.as_bytes()) {
+            return Err(RequestError::NotLikeThis { run });
+        }
         self.begin(&run, from, by.effects)?;
         let Some(entry) = self.runs.get_mut(&run) else { return Ok(()) };
         entry.run.heard(from.connection);
@@ -368,6 +395,10 @@ impl Rendezvous {
             // As the store does it: who expects something where nothing is, gets back what it expects.
             put_text(by.reply, present.unwrap_or(expected));
             return Ok(());
+        }
+        // Nothing is agreed on that cannot be stored: what is stored instead of it is little longer.
+        if !self.kv.has_room(key, 2 * desired.len() + 1024) {
+            return Err(KvError::Full { entries: self.kv_limits.entries, bytes: self.kv_limits.bytes }.into());
         }
         match entry.run.write(now, from.connection, desired) {
             Ok(written) => {
@@ -390,6 +421,10 @@ impl Rendezvous {
     fn begin(&mut self, run: &str, from: Caller, effects: &mut Vec<Effect>) -> Result<(), RequestError> {
         if self.runs.get(run).is_some_and(|entry| !entry.has_ended) {
             return Ok(());
+        }
+        let is_another_s = |entry: &Entry| !entry.has_ended && entry.run.is_open(from.connection);
+        if self.runs.values().any(is_another_s) {
+            return Err(RequestError::OtherRun { run: run.to_owned() });
         }
         let live = self.runs.values().filter(|entry| !entry.has_ended).count();
         if live >= self.limits.live {
@@ -487,14 +522,17 @@ impl Rendezvous {
             entry.here.forget(connection);
         }
         if self.others.remove(&connection) && self.others.is_empty() {
-            self.remove_keys(|key| !key.starts_with(PREFIX.as_bytes()));
+            self.kv.clear(|key| !key.starts_with(PREFIX.as_bytes()));
         }
         let runs: Vec<String> =
             self.runs.iter().filter(|(_, entry)| !entry.has_ended).map(|(run, _)| run.clone()).collect();
         for run in runs {
             let Some(entry) = self.runs.get_mut(&run) else { continue };
             let was_attended = entry.run.is_attended();
-            if let Some(written) = entry.run.disconnected(now, connection) {
+            let round = entry.run.state().map_or(0, |state| state.round);
+            // Some are done, and wait for those that are not.
+            let ends = self.kv.get(format!("{PREFIX}{run}.{round}/{TERMINAL}").as_bytes()).is_some();
+            if let Some(written) = entry.run.disconnected(now, connection, ends) {
                 let stored = written.instead.as_deref().unwrap_or_default();
                 // It replaces what is there, and is no longer.
                 let set = self.kv.set(format!("{PREFIX}{run}").as_bytes(), stored, woken);
@@ -505,6 +543,7 @@ impl Rendezvous {
             let Some(entry) = self.runs.get_mut(&run) else { continue };
             if was_attended && !entry.run.is_attended() {
                 entry.has_ended = true;
+                entry.run.ends();
                 self.end(&run, effects);
             }
         }
@@ -514,7 +553,7 @@ impl Rendezvous {
     fn end(&mut self, run: &str, effects: &mut Vec<Effect>) {
         let state = format!("{PREFIX}{run}");
         let rounds = format!("{state}.");
-        self.remove_keys(|key| {
+        self.kv.clear(|key| {
             let name = key.strip_prefix(rounds.as_bytes()).unwrap_or_default();
             let digits = name.iter().take_while(|byte| byte.is_ascii_digit()).count();
             key == state.as_bytes() || (digits > 0 && name.get(digits) == Some(&b'/'))
@@ -527,13 +566,6 @@ impl Rendezvous {
             let oldest = self.ended.remove(0);
             self.runs.remove(&oldest);
             effects.push(Effect::Forgotten(oldest));
-        }
-    }
-
-    fn remove_keys(&mut self, which: impl Fn(&[u8]) -> bool) {
-        let keys: Vec<Box<[u8]>> = self.kv.keys().filter(|key| which(key)).map(Into::into).collect();
-        for key in keys {
-            self.kv.remove(&key);
         }
     }
 }
@@ -553,6 +585,9 @@ struct Answer<'a> {
     woken: &'a mut Vec<ConnectionId>,
     effects: &'a mut Vec<Effect>,
 }
+
+/// Where agents count those whose workers have ended with success.
+const TERMINAL: &str = "torchelastic/agent/terminal_state/num_members";
 
 const MASTER_ADDR: &str = "MASTER_ADDR";
 const MASTER_PORT: &str = "MASTER_PORT";

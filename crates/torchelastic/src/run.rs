@@ -207,6 +207,16 @@ impl Run {
         self.connections.contains_key(agent)
     }
 
+    /// Whether this is an open connection of an agent.
+    pub fn is_open(&self, connection: ConnectionId) -> bool {
+        self.open.contains(&connection)
+    }
+
+    /// Nobody is left: what was being formed will not be.
+    pub fn ends(&mut self) {
+        self.forming = None;
+    }
+
     /// Whether a connection of an agent is open.
     pub fn is_attended(&self) -> bool {
         !self.open.is_empty()
@@ -325,6 +335,10 @@ impl Run {
         let before = self.state.take();
         let is_new_round = before.as_ref().is_some_and(|before| before.round < state.round);
         self.follow(now, before.as_ref(), &state);
+        // Whoever has left comes again with its next write.
+        self.connections.retain(|agent, _| {
+            state.last_heartbeats.contains_key(agent) || state.participants.contains_key(agent)
+        });
         self.state = Some(state);
         is_new_round
     }
@@ -363,6 +377,10 @@ impl Run {
             }
             self.last_round = state.participants.keys().cloned().collect();
         }
+        if was_complete && state.complete && state.wait_list.is_empty() {
+            // Whoever came has gone again, or waits as a spare.
+            self.forming = None;
+        }
         if let Some(forming) = &mut self.forming {
             forming.round = state.round;
         }
@@ -393,7 +411,9 @@ impl Run {
     }
 
     /// A connection has ended, and with it the agents that wrote over it. Returns what is to be stored now, if anything is.
-    pub fn disconnected(&mut self, now: Duration, connection: ConnectionId) -> Option<Written> {
+    ///
+    /// `ends`: some agents' workers have ended with success. They wait for the others, and will not come to another round.
+    pub fn disconnected(&mut self, now: Duration, connection: ConnectionId, ends: bool) -> Option<Written> {
         if !self.open.remove(&connection) {
             return None;
         }
@@ -410,12 +430,14 @@ impl Run {
             state.remove(agent);
             if was_in && !state.closed {
                 self.because(now, Cause::Lost(agent.clone()));
-                if state.complete {
+                if state.complete && !ends {
                     state.wait_list.insert(absentee());
                 }
             }
         }
-        state.begin_next_if_left();
+        if !state.closed && self.is_attended() {
+            state.begin_next_if_left();
+        }
         if !state.complete {
             state.wait_list.remove(&absentee());
             // As an agent does that leaves.

@@ -39,6 +39,10 @@ pub struct Instant {
     pub is_aware: bool,
 }
 
+/// The longest a host's name may be (RFC 1035), and a round that no run comes to.
+const ADDR_BYTES_MAX: usize = 255;
+const ROUND_MAX: i64 = 1 << 31;
+
 /// What the agents of a run agree on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
@@ -118,7 +122,7 @@ impl State {
         for (name, value) in attributes {
             let name = text(name)?;
             match name.as_str() {
-                "round" => state.round = int(value)?,
+                "round" => state.round = round(value)?,
                 "complete" => state.complete = truth(value)?,
                 "deadline" => state.deadline = optional_instant(value)?,
                 "closed" => state.closed = truth(value)?,
@@ -215,6 +219,13 @@ fn int(value: Value) -> Checked<i64> {
     }
 }
 
+fn round(value: Value) -> Checked<i64> {
+    match int(value)? {
+        round @ 0..=ROUND_MAX => Ok(round),
+        _ => Err(StateError::Nonsense("no run has come to that round")),
+    }
+}
+
 fn truth(value: Value) -> Checked<bool> {
     match value {
         Value::Bool(truth) => Ok(truth),
@@ -235,7 +246,9 @@ fn agent(value: Value) -> Checked<Agent> {
         }
     }
     match (addr, pid, local_id) {
-        (Some(addr), Some(pid), Some(local_id)) => Ok(Agent { addr, pid, local_id }),
+        (Some(addr), Some(pid), Some(local_id)) if addr.len() <= ADDR_BYTES_MAX => {
+            Ok(Agent { addr, pid, local_id })
+        }
         _ => Err(NO_AGENT),
     }
 }

@@ -500,6 +500,7 @@ fn workers_are_told_of_our_store_in_every_round_by_the_address_that_their_agent_
 #[test]
 fn e6_a_run_takes_only_its_own_keys_with_it() {
     let mut world = with_one_agent();
+    asked(&mut world, 60, &text(2, &[b"/torch.rendezvous.job2", b"", SENTINEL])).unwrap();
     for key in ["/torch.rendezvous.job.0/torchelastic/x", "/torch.rendezvous.job2.0/torchelastic/x", "/mine"]
     {
         asked(&mut world, 50, &text(1, &[key.as_bytes(), b"v"])).unwrap();
@@ -536,4 +537,55 @@ fn workers_that_meet_where_agents_do_are_told_apart_by_their_address_and_begin_e
     asked(&mut world, 80, &text(2, &[b"/torch.rendezvous.other", b"", SENTINEL])).unwrap();
     assert_eq!(asked(&mut world, 73, &text(3, &[one])), Err(RequestError::WhoseWorker { runs: 2 }));
     assert_eq!(asked(&mut world, 72, &text(3, &[one])).unwrap(), b"", "who is known already goes on");
+}
+
+#[test]
+fn e6_e7_nobody_writes_for_a_run_that_is_not_there_and_an_agent_is_of_one_run() {
+    let mut world = with_one_agent();
+    let keys = [&b"/torch.rendezvous.nope.1/MASTER_ADDR"[..], b"/torch.rendezvous.nope.1/torchelastic/x"];
+    for key in keys {
+        assert_eq!(
+            asked(&mut world, 9, &text(1, &[key, b"v"])),
+            Err(RequestError::NoRun { run: "nope".to_owned() })
+        );
+        assert!(asked(&mut world, 9, &text(14, &[key, b"v"])).is_err());
+    }
+    assert!(asked(&mut world, 9, &text(2, &[b"/torch.rendezvous.\xff", b"", SENTINEL])).is_err(), "no text");
+    let other = text(2, &[b"/torch.rendezvous.other", b"", SENTINEL]);
+    assert_eq!(asked(&mut world, 1, &other), Err(RequestError::OtherRun { run: "other".to_owned() }));
+    // Queues go like keys.
+    asked(&mut world, 50, &text(14, &[b"/queue", b"v"])).unwrap();
+    asked(&mut world, 50, &text(1, &[b"/key", b"v"])).unwrap();
+    let now = Duration::from_micros(world.now as u64);
+    world.rendezvous.disconnected(now, ConnectionId(50), &mut Vec::new(), &mut world.effects);
+    let length = asked_whole(&mut world, 51, &text(16, &[b"/queue"]));
+    assert_eq!(length, 0_i64.to_le_bytes());
+}
+
+#[test]
+fn an_agent_that_goes_while_others_have_ended_with_success_makes_nobody_begin_anew() {
+    for ends in [false, true] {
+        let mut world = World::new(5, Repairs::default(), 2, 2);
+        world.comes();
+        world.comes();
+        world.runs(world.now + 3 * SECOND);
+        assert!(world.is_healed());
+        if ends {
+            let key = b"/torch.rendezvous.job.0/torchelastic/agent/terminal_state/num_members";
+            asked(&mut world, 2, &[text(4, &[key]), 1_i64.to_le_bytes().to_vec()].concat()).unwrap();
+        }
+        world.dies(1);
+        let state = world.stored().unwrap();
+        assert_eq!((state.participants.len(), state.wait_list.contains(&absentee())), (1, !ends));
+    }
+}
+
+fn asked_whole(world: &mut World, from: u64, bytes: &[u8]) -> Vec<u8> {
+    let Parsed::Whole(request, _) = parse(bytes, &WireLimits::default()).unwrap() else { panic!() };
+    let peer = IpAddr::from([10, 0, 1, 0]);
+    let caller = Caller { connection: ConnectionId(from), peer, reached: peer, pings: true };
+    let (mut reply, mut woken) = (Vec::new(), Vec::new());
+    let now = Duration::from_micros(world.now as u64);
+    world.rendezvous.request(now, caller, request, &mut reply, &mut woken, &mut world.effects).unwrap();
+    reply
 }

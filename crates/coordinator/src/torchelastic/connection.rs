@@ -127,9 +127,6 @@ impl Connection {
         }
         let sent = write_some(&mut self.stream, &self.out[self.sent..])?;
         self.sent += sent;
-        if sent > 0 {
-            self.since = Instant::now();
-        }
         if self.sent == self.out.len() {
             self.sent = 0;
             self.out.clear();
@@ -140,15 +137,23 @@ impl Connection {
         Ok(())
     }
 
-    /// Forgets what was kept of requests that have been carried out.
-    pub(super) fn keep(&mut self, rest: &[u8], needs: usize) {
-        self.needs = needs;
-        if rest.is_empty() && self.pending.capacity() > BUFFER_KEPT {
-            self.pending = Vec::new();
-        } else {
-            self.pending.clear();
-            self.pending.extend_from_slice(rest);
+    /// Keeps what is left of what it has sent. `answered`: something of it was.
+    pub(super) fn keep(&mut self, rest: Vec<u8>, needs: usize, answered: bool) {
+        if answered || (self.pending.is_empty() && self.needs == 0) {
+            self.since = Instant::now();
         }
+        self.needs = if rest.is_empty() { 0 } else { needs };
+        self.pending = rest;
+    }
+
+    /// Whether enough is kept to be a request.
+    pub(super) fn is_worth_a_look(&self) -> bool {
+        !self.pending.is_empty() && self.pending.len() >= self.needs
+    }
+
+    /// Bytes that it has not read.
+    pub(super) fn unread(&self) -> usize {
+        self.out.len() - self.sent
     }
 }
 

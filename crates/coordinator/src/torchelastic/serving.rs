@@ -1,6 +1,6 @@
 //! The thread that serves: it waits for what the operating system says of its sockets, and does it.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, mpsc};
@@ -22,6 +22,7 @@ use crate::listen::PerPeer;
 /// What a socket's events are known by. Connections count up from the first number that is free for them.
 const WAKE: Token = Token(0);
 const RENDEZVOUS: Token = Token(1);
+const FIRST_STORE: usize = 2;
 const FIRST_CONNECTION: u64 = 1 << 20;
 
 /// How much is read at once, and how often in a row from one connection while others wait.
@@ -50,12 +51,15 @@ pub(super) struct Serving {
     rendezvous: Rendezvous,
     stores: BTreeMap<usize, WorkerStore>,
     store_of: HashMap<String, usize>,
-    next_store: usize,
     runs: Arc<Runs>,
     /// Connections of which there is more to read, although the system will not say so again.
-    again: VecDeque<Token>,
+    again: VecDeque<(Token, bool)>,
+    /// Where connections wait that could not be accepted.
+    crowded: BTreeSet<Token>,
     /// Bytes of requests that are not all there.
     pending: usize,
+    /// Bytes of replies that have not been read.
+    unread: usize,
     /// How many connections are waited for: to greet, or to read.
     last_look: Instant,
     refused: HashMap<IpAddr, Instant>,
@@ -107,9 +111,10 @@ impl Serving {
             rendezvous,
             stores: BTreeMap::new(),
             store_of: HashMap::new(),
-            next_store: 2,
             runs,
             again: VecDeque::new(),
+            crowded: BTreeSet::new(),
+            unread: 0,
             pending: 0,
             last_look: Instant::now(),
             refused: HashMap::new(),
@@ -155,8 +160,8 @@ impl Serving {
                 }
             }
             for _ in 0..self.again.len() {
-                if let Some(token) = self.again.pop_front() {
-                    self.serve(token, false, &mut buffer, &mut scratch);
+                if let Some((token, ends)) = self.again.pop_front() {
+                    self.serve(token, ends, &mut buffer, &mut scratch);
                 }
             }
             if self.last_look.elapsed() >= LOOK_EVERY {
@@ -167,7 +172,7 @@ impl Serving {
 
     /// How long nothing needs to be done without an event.
     fn patience(&self) -> Option<Duration> {
-        (!self.connections.is_empty()).then_some(LOOK_EVERY)
+        (!self.connections.is_empty() || !self.crowded.is_empty()).then_some(LOOK_EVERY)
     }
 
     /// False if that was the end.
@@ -208,8 +213,12 @@ impl Serving {
                 Ok((stream, peer)) => self.admit(stream, peer.ip().to_canonical(), side),
                 Err(why) if why.kind() == io::ErrorKind::WouldBlock => return,
                 Err(why) => {
-                    // Out of descriptors, most likely: closing connections will free some, and bring the next event.
+                    // Out of descriptors, most likely. The system says once that somebody waits: it is tried again.
                     tracing::warn!(error = %why, "a connection of torchrun could not be accepted");
+                    self.crowded.insert(match side {
+                        Side::Rendezvous => RENDEZVOUS,
+                        Side::Workers(store) => Token(store),
+                    });
                     return;
                 }
             }
@@ -263,14 +272,17 @@ impl Serving {
     fn serve(&mut self, token: Token, ends: bool, buffer: &mut [u8], scratch: &mut Scratch) {
         for _ in 0..READS_IN_A_ROW {
             let Some(connection) = self.connections.get_mut(&token) else { return };
-            if connection.flush().is_err() {
+            let unread = connection.unread();
+            let flushed = connection.flush();
+            self.unread = self.unread - unread + connection.unread();
+            if flushed.is_err() {
                 return self.close(token, scratch);
             }
             if !connection.is_flushed() {
                 return;
             }
             // What came while the client did not read was not answered.
-            if !connection.pending.is_empty() && !self.answer(token, &[], scratch) {
+            if connection.is_worth_a_look() && !self.answer(token, &[], scratch) {
                 return;
             }
             let Some(connection) = self.connections.get_mut(&token) else { return };
@@ -289,28 +301,20 @@ impl Serving {
                 return;
             }
         }
-        self.again.push_back(token);
+        self.again.push_back((token, ends));
     }
 
     /// Answers the requests that are whole now that `received` has come. False if the connection is closed.
     fn answer(&mut self, token: Token, received: &[u8], scratch: &mut Scratch) -> bool {
         let Some(connection) = self.connections.get_mut(&token) else { return false };
         // What is kept is seldom more than a part of one request.
-        let kept = std::mem::take(&mut connection.pending);
+        let mut kept = std::mem::take(&mut connection.pending);
         self.pending -= kept.len();
-        let joined: Vec<u8>;
-        let bytes = match (kept.is_empty(), received.is_empty()) {
-            (true, _) => received,
-            (false, true) => &kept,
-            (false, false) => {
-                let mut whole = kept;
-                whole.extend_from_slice(received);
-                joined = whole;
-                &joined
-            }
-        };
-        let mut at = 0;
-        let needs = connection.needs;
+        if !kept.is_empty() {
+            kept.extend_from_slice(received);
+        }
+        let bytes = if kept.is_empty() { received } else { &kept };
+        let (mut at, needs) = (0, connection.needs);
         let looked =
             if bytes.len() < needs { Ok(needs) } else { self.requests(token, bytes, &mut at, scratch) };
         let needs = match looked {
@@ -322,16 +326,32 @@ impl Serving {
             }
         };
         let Some(connection) = self.connections.get_mut(&token) else { return false };
-        let rest = &bytes[at..];
-        self.pending += rest.len();
-        connection.keep(rest, needs);
-        if self.pending > self.settings.limits.pending_bytes {
-            let limit = self.settings.limits.pending_bytes;
-            tracing::warn!(peer = %connection.peer, limit, "too much is half sent: a connection of torchrun is cut off");
-            self.close(token, scratch);
-            return false;
+        if kept.is_empty() {
+            kept.extend_from_slice(&received[at..]);
+        } else {
+            kept.drain(..at);
         }
-        true
+        self.pending += kept.len();
+        connection.keep(kept, needs, at > 0);
+        self.keep_within_limits(scratch);
+        self.connections.contains_key(&token)
+    }
+
+    /// If clients have left too much half sent or unread, whoever has left the most is cut off.
+    fn keep_within_limits(&mut self, scratch: &mut Scratch) {
+        let limit = self.settings.limits.pending_bytes;
+        while self.pending > limit || self.unread > limit {
+            let is_sending = self.pending > limit;
+            let left = |connection: &Connection| {
+                if is_sending { connection.pending.len() } else { connection.unread() }
+            };
+            let most = self.connections.iter().max_by_key(|(_, connection)| left(connection));
+            let Some((token, connection)) = most.map(|(token, connection)| (*token, connection)) else {
+                return;
+            };
+            tracing::warn!(peer = %connection.peer, limit, "too much is half sent or unread: a connection of torchrun is cut off");
+            self.close(token, scratch);
+        }
     }
 
     /// Carries out one request after the other, as long as the client reads the answers. Returns how long what is left must
@@ -403,9 +423,11 @@ impl Serving {
             }
             if !scratch.reply.is_empty()
                 && let Some(connection) = self.connections.get_mut(&token)
-                && let Err(why) = connection.send(&scratch.reply)
             {
-                return Err(CutOff { peer, text: why.to_string() });
+                let unread = connection.unread();
+                let sent = connection.send(&scratch.reply);
+                self.unread = self.unread - unread + connection.unread();
+                sent.map_err(|why| CutOff { peer, text: why.to_string() })?;
             }
             if !scratch.woken.is_empty() {
                 self.wake(scratch);
@@ -417,8 +439,10 @@ impl Serving {
     fn wake(&mut self, scratch: &mut Scratch) {
         for woken in scratch.woken.drain(..) {
             if let Some(connection) = self.connections.get_mut(&Token(woken.0 as usize)) {
+                let unread = connection.unread();
                 // Whatever is wrong with it, its own event will tell.
                 let _ = connection.send(&[wire::STOP_WAITING]);
+                self.unread = self.unread - unread + connection.unread();
             }
         }
     }
@@ -470,12 +494,14 @@ impl Serving {
 
     /// Opens a store for the workers of a run, and returns its port.
     fn open_store(&mut self, run: &str) -> Option<u16> {
+        let store =
+            (FIRST_STORE..FIRST_CONNECTION as usize).find(|store| !self.stores.contains_key(store))?;
         let ports = self.settings.worker_ports.clone().unwrap_or(0..=0);
         let ip = self.address.ip();
         let opened = ports.into_iter().find_map(|port| listen(SocketAddr::new(ip, port)).ok()).and_then(
             |mut listener| {
                 let port = listener.local_addr().ok()?.port();
-                let token = Token(self.next_store);
+                let token = Token(store);
                 self.poll.registry().register(&mut listener, token, Interest::READABLE).ok()?;
                 Some((listener, port))
             },
@@ -487,8 +513,6 @@ impl Serving {
             );
             return None;
         };
-        let store = self.next_store;
-        self.next_store += 1;
         self.stores.insert(
             store,
             WorkerStore { run: run.to_owned(), listener, kv: KvStore::for_workers(self.settings.limits.kv) },
@@ -509,6 +533,7 @@ impl Serving {
     fn close(&mut self, token: Token, scratch: &mut Scratch) {
         let Some(mut connection) = self.connections.remove(&token) else { return };
         self.pending -= connection.pending.len();
+        self.unread -= connection.unread();
         let _ = self.poll.registry().deregister(&mut connection.stream);
         let id = ConnectionId(token.0 as u64);
         match connection.side {
@@ -531,10 +556,15 @@ impl Serving {
     /// Ends connections that have been waited for too long.
     fn look_through(&mut self, scratch: &mut Scratch) {
         self.last_look = Instant::now();
+        for token in std::mem::take(&mut self.crowded) {
+            self.accept(if token == RENDEZVOUS { Side::Rendezvous } else { Side::Workers(token.0) });
+        }
         let limits = self.settings.limits;
         let late = |connection: &Connection| {
             let allowed = if connection.is_greeted { limits.reading } else { limits.first_bytes };
-            (!connection.is_greeted || !connection.is_flushed()) && connection.since.elapsed() > allowed
+            let is_waited_for =
+                !connection.is_greeted || !connection.is_flushed() || !connection.pending.is_empty();
+            is_waited_for && connection.since.elapsed() > allowed
         };
         let late = self.connections.iter().filter(|(_, connection)| late(connection));
         let late: Vec<Token> = late.map(|(token, _)| *token).collect();

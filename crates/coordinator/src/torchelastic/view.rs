@@ -74,11 +74,16 @@ impl Runs {
     }
 }
 
-/// A run's id as a job's: what a job's may not have is replaced.
+/// A run's id as a job's: what a job's may not have is replaced, and its digest added.
 fn called(id: &str) -> JobId {
     let allowed = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '_' };
-    let id: String = id.chars().take(NAME_CHARS_MAX).map(allowed).collect();
-    JobId::new(if id.is_empty() { "_" } else { &id }).expect("only what a job's id may have is left")
+    if let Ok(same) = JobId::new(id) {
+        return same;
+    }
+    // What two of them have in common does not make them one.
+    let tail = blake3::hash(id.as_bytes()).to_hex();
+    let head: String = id.chars().take(NAME_CHARS_MAX - 9).map(allowed).collect();
+    JobId::new(&format!("{head}-{}", &tail[..8])).expect("only what a job's id may have is left")
 }
 
 fn name(agent: &Agent) -> MemberName {

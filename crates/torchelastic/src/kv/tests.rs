@@ -238,7 +238,7 @@ fn workers_meet_whatever_number_their_agents_have_counted_to() {
 
 #[test]
 fn e7_a_store_holds_no_more_than_it_may() {
-    let limits = KvLimits { entries: 4, bytes: 40, reply_bytes: 30 };
+    let limits = KvLimits { entries: 4, bytes: 40, value_bytes: 1000, reply_bytes: 30 };
     let full = KvError::Full { entries: 4, bytes: 40 };
     let mut store = Asked::with(limits);
     store.set("/a", "0123456789");
@@ -255,6 +255,15 @@ fn e7_a_store_holds_no_more_than_it_may() {
 }
 
 #[test]
+fn e7_a_value_does_not_grow_beyond_what_one_may_be() {
+    let mut store = Asked::with(KvLimits { value_bytes: 10, ..KvLimits::default() });
+    store.set("/k", "01234567");
+    store.ask(A, &texts(9, &["/k", "89"]));
+    assert_eq!(store.try_ask(A, &texts(9, &["/k", "x"])), Err(KvError::LongValue { limit: 10 }));
+    assert_eq!(store.get("/k"), "0123456789");
+}
+
+#[test]
 fn what_is_counted_is_what_is_there_whatever_was_asked() {
     for seed in 0..300_u64 {
         let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -264,7 +273,8 @@ fn what_is_counted_is_what_is_there_whatever_was_asked() {
             random ^= random << 17;
             random % bound
         };
-        let mut store = Asked::with(KvLimits { entries: 12, bytes: 100, reply_bytes: 1000 });
+        let mut store =
+            Asked::with(KvLimits { entries: 12, bytes: 100, value_bytes: 1000, reply_bytes: 1000 });
         for _ in 0..200 {
             let from = ConnectionId(next(4));
             let (key, other) = (format!("/{}", next(5)), format!("/{}", next(5)));

@@ -108,6 +108,10 @@ fn e7_a_pickle_that_grows_or_lies_in_itself_is_refused() {
     bomb.push(b'.');
     let tidy: Vec<u8> = bomb;
     assert!(matches!(refused(&tidy), StateError::Pickle(PickleError::Large | PickleError::Nonsense(_))));
+    // A long text, again and again.
+    let text = [&b"X"[..], &300_000_u32.to_le_bytes(), &vec![b'a'; 300_000], b"\x94"].concat();
+    let listed = [&b"\x80\x04]("[..], &text, &b"h\0".repeat(150_000), b"e."].concat();
+    assert_eq!(refused(&listed), PickleError::Large.into());
     // A list that holds itself.
     assert_eq!(refused(b"\x80\x04]\x94h\0a."), PickleError::Large.into());
     let large = vec![b'A'; STATE_BYTES_MAX + 1];

@@ -1,0 +1,235 @@
+"""Store operations per second, and what they cost the server, beside PyTorch's own server in the same run.
+
+    python store.py --reknit PATH_OF_BINARY [--seconds S] [--repeat N] [--json FILE]
+
+Clients are PyTorch's own, one process each. Each round measures both servers, one after the other and in changing order; what is shown is the
+median over the rounds, with the least and the most. CPU is that of the server's process alone.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from datetime import timedelta
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+VALUE = "v" * 64
+TICK = os.sysconf("SC_CLK_TCK")
+RELEASE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+def connect(address):
+    host, port = address
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+def op_set(store, me, i):
+    store.set(f"{me}/{i % 100}", VALUE)
+
+
+def op_get(store, me, i):
+    store.get(f"{me}/fixed")
+
+
+def op_add(store, me, i):
+    store.add(f"{me}/n", 1)
+
+
+def op_compare_set(store, me, i):
+    store.compare_set(f"{me}/c", str(i - 1) if i else "", str(i))
+
+
+def op_multi_set(store, me, i):
+    store.multi_set([f"{me}/m{k}" for k in range(8)], [VALUE] * 8)
+
+
+def op_multi_get(store, me, i):
+    store.multi_get([f"{me}/g{k}" for k in range(8)])
+
+
+def op_check(store, me, i):
+    store.check([f"{me}/fixed"])
+
+
+OPERATIONS = {
+    "set": op_set,
+    "get": op_get,
+    "add": op_add,
+    "compare_set": op_compare_set,
+    "multi_set": op_multi_set,
+    "multi_get": op_multi_get,
+    "check": op_check,
+}
+
+
+def client(address, operation, me, seconds, ready, go, done):
+    store = connect(address)
+    store.set(f"{me}/fixed", VALUE)
+    store.delete_key(f"{me}/c")
+    for k in range(8):
+        store.set(f"{me}/g{k}", VALUE)
+    function = OPERATIONS[operation]
+    ready.release()
+    go.wait()
+    end, count = time.perf_counter() + seconds, 0
+    while True:
+        # The clock is looked at seldom.
+        for _ in range(32):
+            function(store, me, count)
+            count += 1
+        if time.perf_counter() > end:
+            break
+    # What has no reply is carried out when this has one.
+    store.num_keys()
+    done.put((count, time.perf_counter()))
+
+
+def serve_theirs(pipe):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=True)
+    pipe.send(store.port)
+    pipe.recv()
+
+
+class Theirs:
+    name = "pytorch"
+
+    def __init__(self):
+        self.pipe, other = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=serve_theirs, args=(other,))
+        self.process.start()
+        self.address, self.pid = ("127.0.0.1", self.pipe.recv()), self.process.pid
+
+    def close(self):
+        self.pipe.send(None)
+        self.process.join()
+
+
+class Ours:
+    name = "reknit"
+
+    def __init__(self, binary):
+        from fleet import Coordinator
+
+        self.coordinator = Coordinator(binary)
+        host, port = self.coordinator.endpoint.rsplit(":", 1)
+        self.address, self.pid = (host, int(port)), self.coordinator.process.pid
+
+    def close(self):
+        self.coordinator.close()
+
+
+def cpu(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def rate(server, operation, clients, seconds):
+    """Operations per second, and the server's CPU microseconds per operation."""
+    ready, go, done = multiprocessing.Semaphore(0), multiprocessing.Event(), multiprocessing.Queue()
+    processes = [
+        multiprocessing.Process(
+            target=client, args=(server.address, operation, f"c{me}", seconds, ready, go, done)
+        )
+        for me in range(clients)
+    ]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        ready.acquire()
+    before, began = cpu(server.pid), time.perf_counter()
+    go.set()
+    results = [done.get() for _ in processes]
+    ended, used = max(at for _, at in results), cpu(server.pid) - before
+    for process in processes:
+        process.join()
+    count = sum(count for count, _ in results)
+    return count / (ended - began), used / count * 1e6
+
+
+def waiter(address, ready, go, woken):
+    store = connect(address)
+    ready.release()
+    store.get("late")
+    woken.put(time.monotonic())
+
+
+def fan_out(server, waiters):
+    """How long after a key is set the first and the last of those who wait for it have it, in milliseconds."""
+    ready, woken = multiprocessing.Semaphore(0), multiprocessing.Queue()
+    processes = [
+        multiprocessing.Process(target=waiter, args=(server.address, ready, None, woken)) for _ in range(waiters)
+    ]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        ready.acquire()
+    store = connect(server.address)
+    # All are connected; that their waits have arrived cannot be asked.
+    time.sleep(0.3)
+    at = time.monotonic()
+    store.set("late", VALUE)
+    times = sorted(woken.get() - at for _ in processes)
+    for process in processes:
+        process.join()
+    store.delete_key("late")
+    return times[0] * 1e3, times[-1] * 1e3
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--reknit", required=True)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    multiprocessing.set_start_method("fork")
+    servers = {"pytorch": Theirs(), "reknit": Ours(options.reknit)}
+    measured = {}
+    for round in range(options.repeat):
+        order = list(servers.values())
+        if round % 2:
+            order.reverse()
+        for operation in OPERATIONS:
+            for clients in (1, 8):
+                for server in order:
+                    seen = rate(server, operation, clients, options.seconds)
+                    measured.setdefault((operation, clients, server.name), []).append(seen)
+        for server in order:
+            measured.setdefault(("wait fan-out", 64, server.name), []).append(fan_out(server, 64))
+    rows = []
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {options.repeat} rounds of {options.seconds} s")
+    print(f"{'operation':<14} {'clients':>7} {'reknit/s':>10} {'pytorch/s':>10} {'ratio':>6} {'CPU µs':>7} {'theirs':>7} {'ratio':>6}")
+    for (operation, clients, name), seen in measured.items():
+        if name != "reknit":
+            continue
+        theirs = measured[(operation, clients, "pytorch")]
+        ours = [statistics.median(values) for values in zip(*seen)]
+        peer = [statistics.median(values) for values in zip(*theirs)]
+        row = {"operation": operation, "clients": clients, "reknit": seen, "pytorch": theirs}
+        rows.append(row)
+        if operation == "wait fan-out":
+            print(f"{operation:<14} {clients:>7} first {ours[0]:.2f} ms, last {ours[1]:.2f} ms; pytorch {peer[0]:.2f}, {peer[1]:.2f}")
+            continue
+        ratios = [o[0] / p[0] for o, p in zip(seen, theirs)]
+        print(
+            f"{operation:<14} {clients:>7} {ours[0]:>10.0f} {peer[0]:>10.0f} {statistics.median(ratios):>6.2f} "
+            f"{ours[1]:>7.2f} {peer[1]:>7.2f} {ours[1] / peer[1]:>6.2f}   ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    for server in servers.values():
+        server.close()
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(rows, file)
+
+
+if __name__ == "__main__":
+    main()
