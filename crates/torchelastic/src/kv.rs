@@ -181,12 +181,11 @@ impl KvStore {
 
     /// Removes the keys and queues of such names.
     pub fn clear(&mut self, which: impl Fn(&[u8]) -> bool) {
-        let named = |name: &&Box<[u8]>| which(name);
-        let keys: Vec<Box<[u8]>> = self.values.keys().filter(named).cloned().collect();
+        let keys: Vec<Box<[u8]>> = self.values.keys().filter(|key| which(key)).cloned().collect();
         for key in keys {
             self.remove(&key);
         }
-        let queues: Vec<Box<[u8]>> = self.queues.keys().filter(named).cloned().collect();
+        let queues: Vec<Box<[u8]>> = self.queues.keys().filter(|name| which(name)).cloned().collect();
         for name in queues {
             let queue = self.queues.remove(&name).unwrap_or_default();
             self.queued -= queue.len();

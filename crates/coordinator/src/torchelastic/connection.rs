@@ -1,10 +1,10 @@
 //! One client's connection: what it has sent and is not all there, and what it has not read yet.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use mio::net::TcpStream;
+use mio::net::{TcpListener, TcpStream};
 use reknit_torchelastic::wire::{self, MAGIC, Parsed, Request, WireLimits};
 use socket2::{SockRef, TcpKeepalive};
 
@@ -198,4 +198,20 @@ pub(super) fn greeting(bytes: &[u8], limits: &WireLimits) -> Greeting {
         // The request with the number 0 of PyTorch before 2.2 is followed by the length of a key.
         _ => Greeting::Stranger("a client of PyTorch before 2.2, which is not supported, or no TCPStore's"),
     }
+}
+
+/// How many connections may wait to be accepted.
+const BACKLOG: i32 = 4096;
+
+/// Listens; on IPv4 too, if the address is the one that stands for all of IPv6.
+pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(TcpListener::from_std(socket.into()))
 }

@@ -13,7 +13,7 @@ use reknit_torchelastic::kv::{ConnectionId, KvStore};
 use reknit_torchelastic::rendezvous::{Caller, Effect, Rendezvous};
 use reknit_torchelastic::wire::{self, Parsed, Request};
 
-use super::connection::{Connection, Greeting, Received, Side, greeting};
+use super::connection::{Connection, Greeting, Received, Side, greeting, listen};
 use super::view::Runs;
 use super::{Command, TorchElastic};
 use crate::clock::Clock;
@@ -30,8 +30,6 @@ const READ_BYTES: usize = 64 << 10;
 const READS_IN_A_ROW: usize = 16;
 /// How often connections that are waited for are looked through.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How many connections may wait to be accepted.
-const BACKLOG: i32 = 4096;
 /// How many events are taken at once.
 const EVENTS: usize = 1024;
 
@@ -586,17 +584,4 @@ const REFUSED_MAX: usize = 1024;
 
 fn since_epoch(now: Timestamp) -> Duration {
     Duration::from_micros(now.0)
-}
-
-/// Listens; on IPv4 too, if the address is the one that stands for all of IPv6.
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
-    if address.is_ipv6() {
-        socket.set_only_v6(false)?;
-    }
-    socket.set_reuse_address(true)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(TcpListener::from_std(socket.into()))
 }
