@@ -127,6 +127,7 @@ pub(crate) fn refusals() -> Vec<Refusal> {
     let mut refusals = vec![
         Refusal::JobClosed(Closure::Completed { step: Step(3) }),
         Refusal::JobClosed(Closure::Closed),
+        Refusal::JobClosed(Closure::ByMembers),
         Refusal::BadSpec(BadSpec::Zero),
         Refusal::BadSpec(BadSpec::MinAboveMax { min: 4, max: 2 }),
         Refusal::BadSpec(BadSpec::NoMultiple { unit: 5 }),
