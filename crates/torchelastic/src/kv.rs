@@ -122,9 +122,7 @@ impl KvStore {
             Request::Validate { .. } => return Err(KvError::Greeting),
             Request::Ping { nonce } => reply.extend_from_slice(&nonce.to_le_bytes()),
             Request::Set { key, value } => self.set(key, value, woken)?,
-            Request::Append { key, value } => {
-                self.append(key, value, woken)?;
-            }
+            Request::Append { key, value } => self.append(key, value, woken)?,
             Request::MultiSet { pairs } => {
                 for (key, value) in pairs {
                     self.set(self.named(key), value, woken)?;
@@ -235,16 +233,19 @@ impl KvStore {
         Ok(())
     }
 
+    /// What counts towards the limit on entries.
+    fn entries(&self) -> usize {
+        self.values.len() + self.queued + self.awaited_keys
+    }
+
     /// Whether a value of so many bytes could be stored under a key.
     pub fn has_room(&self, key: &[u8], bytes: usize) -> bool {
-        let entries = self.values.len() + self.queued + self.awaited_keys;
-        (entries < self.limits.entries || self.values.contains_key(key))
+        (self.entries() < self.limits.entries || self.values.contains_key(key))
             && self.bytes + key.len() + bytes <= self.limits.bytes
     }
 
     fn make_room(&mut self, bytes: usize) -> Result<(), KvError> {
-        let entries = self.values.len() + self.queued + self.awaited_keys;
-        if entries >= self.limits.entries || self.bytes + bytes > self.limits.bytes {
+        if self.entries() >= self.limits.entries || self.bytes + bytes > self.limits.bytes {
             return Err(self.full());
         }
         self.bytes += bytes;
@@ -305,10 +306,9 @@ impl KvStore {
         }
         let names = keys.map(|key| self.named(key));
         let missing: HashSet<Box<[u8]>> = names.filter(|key| !self.is_there(key)).map(Into::into).collect();
-        let entries = self.values.len() + self.queued + self.awaited_keys;
         let bytes: usize = missing.iter().map(|key| key.len()).sum();
         // Each is kept twice. What is waited for is little, or somebody means ill.
-        if entries + missing.len() > self.limits.entries || bytes > self.limits.value_bytes / 8 {
+        if self.entries() + missing.len() > self.limits.entries || bytes > self.limits.value_bytes / 8 {
             return Err(self.full());
         }
         self.awaited_keys += missing.len();
@@ -331,7 +331,8 @@ impl KvStore {
         }
         // One value is for one.
         if let Some(first) = self.awaited.get(key).and_then(|waiting| waiting.first()).copied() {
-            self.is_satisfied(first, key, woken);
+            self.strike(first, key);
+            self.has_come(first, key, woken);
         }
         Ok(())
     }
@@ -380,18 +381,12 @@ impl KvStore {
     fn wake_all(&mut self, key: &[u8], woken: &mut Vec<ConnectionId>) {
         for waiting in self.awaited.remove(key).unwrap_or_default() {
             self.awaited_keys -= 1;
-            let Some(Wait::Keys(missing)) = self.waits.get_mut(&waiting) else { continue };
-            missing.remove(key);
-            if missing.is_empty() {
-                self.waits.remove(&waiting);
-                woken.push(waiting);
-            }
+            self.has_come(waiting, key, woken);
         }
     }
 
-    /// This one waits for one key less.
-    fn is_satisfied(&mut self, waiting: ConnectionId, key: &[u8], woken: &mut Vec<ConnectionId>) {
-        self.strike(waiting, key);
+    /// A key that this one waits for is there: if it was the last, its wait has ended.
+    fn has_come(&mut self, waiting: ConnectionId, key: &[u8], woken: &mut Vec<ConnectionId>) {
         let Some(Wait::Keys(missing)) = self.waits.get_mut(&waiting) else { return };
         missing.remove(key);
         if missing.is_empty() {

@@ -287,12 +287,13 @@ impl Rendezvous {
         Ok(self.kv.request(from.connection, request, by.reply, by.woken)?)
     }
 
+    fn is_live(&self, run: &str) -> bool {
+        self.runs.get(run).is_some_and(|entry| !entry.has_ended)
+    }
+
     /// Whatever is stored for a run goes with it: what is of none would stay.
     fn live(&self, run: &str) -> Result<(), RequestError> {
-        match self.runs.get(run).is_some_and(|entry| !entry.has_ended) {
-            true => Ok(()),
-            false => Err(RequestError::NoRun { run: run.to_owned() }),
-        }
+        self.is_live(run).then_some(()).ok_or_else(|| RequestError::NoRun { run: run.to_owned() })
     }
 
     /// A request that touches no run.
@@ -307,15 +308,14 @@ impl Rendezvous {
         let Some(rest) = key.strip_prefix(PREFIX.as_bytes()) else { return Owner::Nobody };
         // No agent can name a run whose key is no text: it is refused as one that is written wrongly.
         let rest = String::from_utf8_lossy(rest).into_owned();
-        let is_live = |run: &str| self.runs.get(run).is_some_and(|entry| !entry.has_ended);
-        if is_live(&rest) {
+        if self.is_live(&rest) {
             return Owner::State(rest);
         }
         for (slash, _) in rest.match_indices('/') {
             let (run_and_round, name) = (&rest[..slash], &rest[slash + 1..]);
             let Some((run, round)) = run_and_round.rsplit_once('.') else { continue };
             let is_round = !round.is_empty() && round.bytes().all(|byte| byte.is_ascii_digit());
-            if is_round && (is_live(run) || is_written_by_agents(name)) {
+            if is_round && (self.is_live(run) || is_written_by_agents(name)) {
                 return Owner::Round { run: run.to_owned(), name: name.to_owned() };
             }
         }
@@ -336,7 +336,7 @@ impl Rendezvous {
                 let ours = self.runs.get(&run).and_then(|entry| entry.store.port());
                 match (name.as_str(), ours) {
                     // The agent has a store of its own, which nobody will use.
-                    (MASTER_ADDR, Some(_)) => self.put_address(from, key, by.woken)?,
+                    (MASTER_ADDR, Some(_)) => self.put_address(from.reached, key, by.woken)?,
                     (MASTER_PORT, Some(port)) => {
                         self.kv.set(key, port.to_string().as_bytes(), by.woken)?;
                     }
@@ -360,17 +360,18 @@ impl Rendezvous {
             && self.runs.get(&run).is_some_and(|entry| entry.store.port().is_some())
         {
             // The key is there, and the new value is no longer than an address.
-            let _ = self.put_address(from, key, &mut Vec::new());
+            let _ = self.put_address(from.reached, key, &mut Vec::new());
         }
     }
 
+    /// Says where workers meet, to those whose agent has reached us by this address.
     fn put_address(
         &mut self,
-        from: Caller,
+        reached: IpAddr,
         key: &[u8],
         woken: &mut Vec<ConnectionId>,
     ) -> Result<(), KvError> {
-        let host = self.advertise.clone().unwrap_or_else(|| from.reached.to_canonical().to_string());
+        let host = self.advertise.clone().unwrap_or_else(|| reached.to_canonical().to_string());
         self.kv.set(key, host.as_bytes(), woken)
     }
 
@@ -419,7 +420,7 @@ impl Rendezvous {
 
     /// The run, made if it is not there.
     fn begin(&mut self, run: &str, from: Caller, effects: &mut Vec<Effect>) -> Result<(), RequestError> {
-        if self.runs.get(run).is_some_and(|entry| !entry.has_ended) {
+        if self.is_live(run) {
             return Ok(());
         }
         let is_another_s = |entry: &Entry| !entry.has_ended && entry.run.is_open(from.connection);
@@ -502,8 +503,7 @@ impl Rendezvous {
         let key = |name: &str| format!("{PREFIX}{run}.{round}/{name}").into_bytes();
         let reached = from.map_or(IpAddr::from([127, 0, 0, 1]), |from| from.reached);
         // Whoever reads it is told its own; see `show_address`.
-        let host = self.advertise.clone().unwrap_or_else(|| reached.to_canonical().to_string());
-        self.kv.set(&key(MASTER_ADDR), host.as_bytes(), woken)?;
+        self.put_address(reached, &key(MASTER_ADDR), woken)?;
         Ok(self.kv.set(&key(MASTER_PORT), port.to_string().as_bytes(), woken)?)
     }
 

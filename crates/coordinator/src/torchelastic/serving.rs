@@ -58,7 +58,7 @@ pub(super) struct Serving {
     pending: usize,
     /// Bytes of replies that have not been read.
     unread: usize,
-    /// How many connections are waited for: to greet, or to read.
+    /// When connections that are waited for were looked through last.
     last_look: Instant,
     refused: HashMap<IpAddr, Instant>,
 }
