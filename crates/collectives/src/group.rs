@@ -132,6 +132,16 @@ impl Group {
         }
     }
 
+    /// Has `callback` called, once and from a thread of the group's own, when the previous rank has begun the next
+    /// collective and this one has not. Who then begins it too passes that on to the next rank: so ranks that otherwise do
+    /// nothing together learn that one of them wants to, without a message before. Once this rank has begun a collective by
+    /// itself, the callback may be called for that one, for a later one, or not at all: set it again after each.
+    pub fn on_neighbour_ahead(&mut self, callback: impl FnOnce() + Send + 'static) {
+        if let Some(ring) = &self.ring {
+            ring.watcher.on_ahead(Box::new(callback));
+        }
+    }
+
     /// Leaves the control word out from the next collective on, or puts it back: only to measure what it costs. All
     /// ranks must do so at the same time, no part may be empty, and the words that calls return mean nothing.
     #[doc(hidden)]

@@ -121,12 +121,14 @@ struct Shared {
 struct State {
     link: Link,
     callback: Option<Callback>,
+    /// Called when the previous rank has begun a collective that this one has not.
+    on_ahead: Option<Box<dyn FnOnce() + Send>>,
     ended: bool,
 }
 
 impl Watcher {
     pub(crate) fn start(neighbours: Arc<Neighbours>, aborted: Arc<Wake>) -> io::Result<Watcher> {
-        let state = Mutex::new(State { link: Link::Idle, callback: None, ended: false });
+        let state = Mutex::new(State { link: Link::Idle, callback: None, on_ahead: None, ended: false });
         let shared = Arc::new(Shared { neighbours, aborted, changed: Wake::new()?, state });
         let watched = shared.clone();
         let thread =
@@ -137,6 +139,12 @@ impl Watcher {
     /// Has `callback` called with the neighbour that is lost, once, also if that was before.
     pub(crate) fn on_lost(&self, callback: Callback) {
         lock(&self.shared.state).callback = Some(callback);
+        self.shared.changed.signal();
+    }
+
+    /// Has `callback` called, once, when the previous rank has begun a collective while none runs here.
+    pub(crate) fn on_ahead(&self, callback: Box<dyn FnOnce() + Send>) {
+        lock(&self.shared.state).on_ahead = Some(callback);
         self.shared.changed.signal();
     }
 
@@ -189,39 +197,47 @@ impl Shared {
 
     fn watch(&self) {
         loop {
-            let (ended, sound) = {
+            let (ended, sound, listens) = {
                 let state = lock(&self.state);
-                (state.ended, state.link.is_sound())
+                // While a collective runs, what comes is that collective's.
+                let listens = state.link == Link::Idle && state.on_ahead.is_some();
+                (state.ended, state.link.is_sound(), listens)
             };
             if ended {
                 return;
             }
-            self.wait(sound);
-            let (lost, callback) = {
+            let came = self.wait(sound, listens);
+            let (lost, callback, on_ahead) = {
                 let mut state = lock(&self.state);
                 let lost = state.link.lost();
-                (lost, if lost.is_some() { state.callback.take() } else { None })
+                let is_ahead = came && state.link == Link::Idle;
+                let on_ahead = if is_ahead { state.on_ahead.take() } else { None };
+                (lost, if lost.is_some() { state.callback.take() } else { None }, on_ahead)
             };
+            if let Some(on_ahead) = on_ahead {
+                on_ahead();
+            }
             if let (Some(rank), Some(callback)) = (lost, callback) {
                 callback(rank);
             }
         }
     }
 
-    /// Waits for news, of the connections too if they are `sound`, and takes them in.
-    fn wait(&self, sound: bool) {
+    /// Waits for news, of the connections too if they are `sound`, and takes them in. Says whether bytes have come from
+    /// the previous rank, if it `listens` for them.
+    fn wait(&self, sound: bool, listens: bool) -> bool {
         let Neighbours { next, next_rank, prev, prev_rank } = &*self.neighbours;
         let mut fds = [
             PollFd::new(&self.changed, PollFlags::IN),
             PollFd::new(&self.aborted, PollFlags::IN),
-            PollFd::new(prev, PollFlags::RDHUP),
+            PollFd::new(prev, if listens { PollFlags::RDHUP | PollFlags::IN } else { PollFlags::RDHUP }),
             PollFd::new(next, PollFlags::RDHUP),
         ];
         let watched = if sound { &mut fds[..] } else { &mut fds[..1] };
         if poll(watched, None).is_err() {
             // The system has no memory for it; it may have some again soon.
             std::thread::park_timeout(Duration::from_millis(10));
-            return;
+            return false;
         }
         let [changed, aborted, prev, next] = fds.map(|fd| fd.revents());
         if !changed.is_empty() {
@@ -235,6 +251,7 @@ impl Shared {
                 self.change(|link| link.lose(*rank));
             }
         }
+        listens && prev.contains(PollFlags::IN)
     }
 }
 

@@ -4,10 +4,12 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
 
-use common::{Chance, World, each, index, seed};
+use common::{BOUND, Chance, World, each, index, seed};
 use half::{bf16, f16};
 use reknit_collectives::{ControlWord, Element, Group, GroupOptions, ReduceOp, part};
 use reknit_membership::ids::{Rank, WorldSize};
@@ -334,4 +336,35 @@ fn collectives_of_all_kinds_follow_each_other_without_a_pause() {
             }
         });
     }
+}
+
+#[test]
+fn who_begins_a_collective_wakes_the_others_one_after_the_other() {
+    let mut groups = World::with(4, small_chunks()).form();
+    for round in 0..3 {
+        let (tell, told) = mpsc::channel();
+        for (rank, group) in groups.iter_mut().enumerate() {
+            let tell = tell.clone();
+            group.on_neighbour_ahead(move || tell.send(rank).unwrap());
+        }
+        thread::scope(|scope| {
+            let mut others: BTreeMap<usize, &mut Group> = groups.iter_mut().enumerate().collect();
+            let mut begun = Vec::new();
+            let mut begin = |rank: usize| {
+                let group = others.remove(&rank).expect("each is woken once");
+                begun.push(scope.spawn(move || group.barrier(ControlWord::default()).unwrap()));
+            };
+            begin(2);
+            for woken in [3, 0, 1] {
+                assert_eq!(told.recv_timeout(BOUND), Ok(woken), "round {round}");
+                begin(woken);
+            }
+            for begun in begun {
+                begun.join().unwrap();
+            }
+        });
+    }
+    let mut alone = World::with(1, small_chunks()).form();
+    alone[0].on_neighbour_ahead(|| panic!("there is no neighbour"));
+    alone[0].barrier(ControlWord::default()).unwrap();
 }

@@ -93,7 +93,7 @@
 //! # Reading order
 //! [`options`] what a program says · [`credentials`] what it shows, and checks the coordinator by · [`trainer`] joining, and the next step · [`step`] one step · [`order`] which samples
 //! · [`session`] the protocol, pure · `hub` where the threads meet · `link` the stream · `ring` building a world's ring ·
-//! `restore` moving state · `saves` checkpoints.
+//! `restore` moving state · `saves` checkpoints · [`launcher`] a member without a state, that starts other programs.
 
 #![forbid(unsafe_code)]
 
@@ -102,6 +102,7 @@ pub mod error;
 pub mod gradient;
 mod held;
 mod hub;
+pub mod launcher;
 mod link;
 pub mod options;
 pub mod order;
@@ -114,6 +115,7 @@ pub mod trainer;
 
 pub use credentials::{Credentials, CredentialsError};
 pub use error::{Interrupted, TrainError};
+pub use launcher::{Launcher, LauncherOptions};
 pub use options::{BadOptions, Checkpoints, Notice, Options};
 pub use order::DataOrder;
 pub use session::End;

@@ -1,10 +1,11 @@
 //! What a training program tells the library.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use reknit_collectives::Listener;
 use reknit_membership::spec::{BadSpec, Spec};
 use reknit_membership::{BadName, JobId, MemberName};
 
@@ -77,10 +78,7 @@ impl Options {
     /// # Errors
     /// [`BadOptions`] if a name or an address is none, or if the order is empty.
     pub fn new(coordinator: &str, job: &str, order: DataOrder) -> Result<Options, BadOptions> {
-        let coordinators: Vec<String> = coordinator.split(',').map(|c| c.trim().to_owned()).collect();
-        if let Some(bad) = coordinators.iter().find(|c| !is_url(c)) {
-            return Err(BadOptions::Coordinator(bad.clone()));
-        }
+        let coordinators = coordinators(coordinator)?;
         if order.dataset == 0 || order.global_batch == 0 {
             return Err(BadOptions::EmptyOrder);
         }
@@ -181,6 +179,28 @@ impl Options {
     }
 }
 
+/// The coordinators of a list with commas.
+pub(crate) fn coordinators(list: &str) -> Result<Vec<String>, BadOptions> {
+    let coordinators: Vec<String> = list.split(',').map(|c| c.trim().to_owned()).collect();
+    match coordinators.iter().find(|c| !is_url(c)) {
+        Some(bad) => Err(BadOptions::Coordinator(bad.clone())),
+        None => Ok(coordinators),
+    }
+}
+
+/// Where others reach a data plane that listens there.
+pub(crate) fn advertised(advertise: Option<&str>, listener: &Listener) -> String {
+    let own = listener.local_addr();
+    match advertise {
+        Some(address) => match address.parse::<IpAddr>() {
+            Ok(ip) => SocketAddr::new(ip, own.port()).to_string(),
+            Err(_) if address.contains(':') => address.to_owned(),
+            Err(_) => format!("{address}:{}", own.port()),
+        },
+        None => own.to_string(),
+    }
+}
+
 /// Whether it says how to talk, and to whom.
 fn is_url(coordinator: &str) -> bool {
     tonic::transport::Endpoint::from_shared(coordinator.to_owned()).is_ok_and(|endpoint| {
@@ -190,7 +210,7 @@ fn is_url(coordinator: &str) -> bool {
 }
 
 /// The host's name and the process id: unique enough, and something an operator can find.
-fn default_name() -> Result<MemberName, BadName> {
+pub(crate) fn default_name() -> Result<MemberName, BadName> {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     let host: String = host.chars().filter(allowed).take(64).collect();

@@ -94,6 +94,8 @@ pub struct Session {
     serving: Option<Generation>,
     /// What the program holds, while it is at rest.
     rest: Option<Holding>,
+    /// What the program holds, whether it is at rest or not, if it has no state.
+    stateless: Option<Holding>,
     /// Whether the program has ever been at rest: from then on it can be given a place.
     available: bool,
     step: Step,
@@ -127,6 +129,7 @@ impl Session {
             world: None,
             serving: None,
             rest: None,
+            stateless: None,
             available: false,
             step: Step(0),
             writing: None,
@@ -137,6 +140,13 @@ impl Session {
             notice_known: false,
             end: None,
         }
+    }
+
+    /// The same for a program without a state: what it holds never changes, so nobody ever waits to hear it. Only for an
+    /// answer to a new world it must have come to rest.
+    #[must_use]
+    pub fn without_state(self, holding: Holding) -> Session {
+        Session { stateless: Some(holding), ..self }
     }
 
     /// The history it belongs to, once it was let in.
@@ -254,7 +264,8 @@ impl Session {
             Message::Break { generation } => self.broken_elsewhere(generation),
             Message::Boundary { generation } => self.with_world(generation, |world| {
                 world.boundary_requested = true;
-                Vec::new()
+                // Who trains asks at its next collective; who has none to come must be told.
+                vec![Output::Wake]
             }),
             Message::Draining { left } => {
                 self.notice_known = true;
@@ -438,7 +449,8 @@ impl Session {
     /// What the program holds when the world is over, once it rests: it may be the newest state, and there may be no place
     /// for this member in the next world.
     fn rests(&mut self) -> Vec<Output> {
-        let (Some(world), Some(holding)) = (&mut self.world, &self.rest) else { return Vec::new() };
+        let holding = self.rest.as_ref().or(self.stateless.as_ref());
+        let (Some(world), Some(holding)) = (&mut self.world, holding) else { return Vec::new() };
         if !std::mem::take(&mut world.rest_due) {
             return Vec::new();
         }
@@ -484,6 +496,11 @@ impl Session {
         out.extend(self.rests());
         out.extend(self.ready());
         out
+    }
+
+    /// Whether the program has come to rest.
+    pub fn is_at_rest(&self) -> bool {
+        self.rest.is_some()
     }
 
     /// The program begins to change its state (it restores, or trains): what it held, it holds no longer for sure.

@@ -3,7 +3,6 @@
 mod saving;
 
 use std::any::Any;
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
@@ -20,7 +19,7 @@ use crate::error::TrainError;
 use crate::held::Held;
 use crate::hub::{Hub, ToLink, ToProgram, ToSaves};
 use crate::link::{self, Target};
-use crate::options::Options;
+use crate::options::{Options, advertised};
 use crate::order::DataOrder;
 use crate::restore::{Fetching, RestoreError, fetch, serve};
 use crate::saves::Saves;
@@ -105,7 +104,7 @@ impl Trainer {
         let identity = Identity {
             name: options.name.clone(),
             slots: 1,
-            address: advertised(&options, &listener),
+            address: advertised(options.advertise.as_deref(), &listener),
             spec: options.spec,
             shape: Shape {
                 tensors: layout.shape_digest(),
@@ -474,19 +473,6 @@ impl Drop for Trainer {
             let _ = link.join();
         }
         self.hub.close();
-    }
-}
-
-/// Where others reach this worker's data plane.
-fn advertised(options: &Options, listener: &Listener) -> String {
-    let own = listener.local_addr();
-    match &options.advertise {
-        Some(address) => match address.parse::<IpAddr>() {
-            Ok(ip) => SocketAddr::new(ip, own.port()).to_string(),
-            Err(_) if address.contains(':') => address.clone(),
-            Err(_) => format!("{address}:{}", own.port()),
-        },
-        None => own.to_string(),
     }
 }
 
