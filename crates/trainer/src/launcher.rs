@@ -17,6 +17,7 @@
 //! | L-3 | What is shared in a world is the same for all members of it, and never of another world. |
 //! | L-4 | Between two changes nothing is said but renewals of the lease. |
 
+mod ask;
 mod keeper;
 mod options;
 
@@ -30,8 +31,6 @@ use reknit_collectives::{Listener, ListenerOptions};
 use reknit_membership::holding::Holding;
 use reknit_membership::spec::{Shape, Sharding};
 use reknit_membership::{Digest, Generation, MemberId};
-use reknit_proto::v1;
-use reknit_proto::v1::inspect_client::InspectClient;
 
 use crate::error::TrainError;
 use crate::hub::{Hub, ToLink, ToProgram, lock};
@@ -44,9 +43,6 @@ use keeper::Keeper;
 
 /// The most bytes that [`Launcher::share`] takes.
 pub const SHARED_MAX: usize = 1024;
-
-/// How long one question to a coordinator may take.
-const ASK: Duration = Duration::from_secs(2);
 
 /// A place in a world.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +94,8 @@ struct OnDesk {
     unfetched: bool,
     /// What was shared in it.
     shared: Option<Result<Vec<u8>, Over>>,
+    /// Whether there is to be another world although this member's part is done.
+    others_go_on: bool,
     /// How the membership ended.
     end: Option<End>,
 }
@@ -179,7 +177,14 @@ impl Launcher {
         // There are no checkpoints to look after.
         let (to_saves, _) = channel();
         let hub = Hub::new(session, listener, to_link, to_program, to_saves, options.on_notice.clone());
-        let state = OnDesk { wish: Wish::Nothing, given: None, unfetched: false, shared: None, end: None };
+        let state = OnDesk {
+            wish: Wish::Nothing,
+            given: None,
+            unfetched: false,
+            shared: None,
+            others_go_on: false,
+            end: None,
+        };
         let desk = Arc::new(Desk { state: Mutex::new(state), changed: Condvar::new() });
         let to = Target {
             coordinators: options.coordinators.clone(),
@@ -291,13 +296,16 @@ impl Launcher {
         lock(&self.desk.state).end.clone()
     }
 
-    /// Says that this member's part of the job is done, and waits until every member's is, at most for `patience`. Returns
-    /// whether the job is over: if not, what is dropped then leaves it.
-    pub fn finish(&self, patience: Duration) -> bool {
+    /// Says that this member's part of the job is done, in the world that was given out last, and waits until every
+    /// member's is, at most for `patience`. Returns whether the job is over; false, too, if it goes on without this member,
+    /// which should leave then, by being dropped. `None` if neither is known yet: call it again.
+    pub fn finish(&self, patience: Duration) -> Option<bool> {
         self.desk.wish(Wish::Finish);
         self.hub.tell_program(ToProgram::Wake);
-        let ended = self.desk.wait(patience, |state| state.end.clone());
-        matches!(ended, Some(End::Closed(_)))
+        self.desk.wait(patience, |state| match &state.end {
+            Some(end) => Some(matches!(end, End::Closed(_))),
+            None => state.others_go_on.then_some(false),
+        })
     }
 
     /// The machine will be taken in `left`: the next world is formed without this member, and [`Launcher::next_world`]
@@ -305,26 +313,6 @@ impl Launcher {
     pub fn notice(&self, left: Duration) {
         self.hub.bring(|session| session.notice(link::now().after(left)));
         self.hub.notice_arrived(Some(left));
-    }
-
-    /// Whether the job has a world at present, as a coordinator says: who waits for one all the same is one too many for
-    /// it. `None` if no coordinator says anything.
-    pub fn job_has_a_world(&self) -> Option<bool> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
-        self.options.coordinators.iter().find_map(|coordinator| {
-            let asking = async {
-                let channel = self.options.credentials.endpoint(coordinator).ok()?.connect().await.ok()?;
-                let authorization = self.options.credentials.authorization().ok()?;
-                let request = v1::StatusRequest { job: self.options.job.to_string(), members_max: 1 };
-                let answer = InspectClient::with_interceptor(channel, authorization).status(request).await;
-                let phase = answer.ok()?.into_inner().phase();
-                Some(match phase {
-                    v1::Phase::Establishing | v1::Phase::Restoring | v1::Phase::Running => true,
-                    v1::Phase::Unspecified | v1::Phase::Forming | v1::Phase::Closed => false,
-                })
-            };
-            runtime.block_on(async { tokio::time::timeout(ASK, asking).await.ok().flatten() })
-        })
     }
 }
 

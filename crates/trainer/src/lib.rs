@@ -122,6 +122,7 @@ pub use session::End;
 pub use step::{Committed, Samples, Step};
 pub use trainer::{Handle, Trainer};
 
+pub use reknit_membership::reason::{Closure, Refusal};
 pub use reknit_proto::Token;
 
 pub use reknit_checkpoint::{Dtype, NamedTensors, State, TensorSpec, Values};

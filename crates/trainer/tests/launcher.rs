@@ -197,13 +197,29 @@ fn a_job_is_completed_when_all_have_finished() {
         (waiting.kind() == v1::waiting::Kind::Finish).then_some(())
     });
     assert!(!finishing.is_finished());
-    assert!(b.launcher.finish(PATIENCE) && finishing.join().unwrap());
+    assert_eq!(b.launcher.finish(PATIENCE), Some(true));
+    assert_eq!(finishing.join().unwrap(), Some(true));
     let late = Program::join(&coordinator, "late", 2, 2);
     let refused = eventually("a refusal", || match late.launcher.next_world(SLICE) {
         Ok(Next::NotYet) => None,
         other => Some(other),
     });
     assert!(matches!(refused, Err(TrainError::Refused(_))), "{refused:?}");
+}
+
+#[test]
+fn who_has_finished_holds_up_nobody_who_goes_on() {
+    let coordinator = Coordinator::start();
+    let [a, b] = ["a", "b"].map(|name| Program::join(&coordinator, name, 1, 2));
+    together(&[&a, &b]);
+    assert_eq!(a.launcher.finish(SLICE), None);
+    let goes_on = b.starts();
+    assert_eq!(a.launcher.finish(PATIENCE), Some(false));
+    drop(a);
+    assert_eq!(goes_on.world().0.size, 1);
+    assert!(b.launcher.close_job());
+    b.waits_for_the_end_of(World { generation: 0, rank: 0, size: 1 });
+    assert!(matches!(b.next(), Next::End(End::Closed(_))));
 }
 
 #[test]

@@ -26,8 +26,6 @@ enum Stage {
     Given,
     /// All members know what was shared.
     Shared,
-    /// This member's part is done.
-    Finished,
 }
 
 pub(super) struct Keeper {
@@ -38,11 +36,13 @@ pub(super) struct Keeper {
     running: Option<(Generation, Stage)>,
     /// Whether the previous rank has begun a collective of this world's: it wants it to end.
     ahead: Arc<AtomicBool>,
+    /// The world in which this member's part is done.
+    finished: Option<Generation>,
 }
 
 impl Keeper {
     pub(super) fn new(hub: Arc<Hub>, desk: Arc<Desk>, inbox: Receiver<ToProgram>) -> Keeper {
-        Keeper { hub, desk, inbox, group: None, running: None, ahead: Arc::default() }
+        Keeper { hub, desk, inbox, group: None, running: None, ahead: Arc::default(), finished: None }
     }
 
     pub(super) fn run(mut self) {
@@ -84,12 +84,27 @@ impl Keeper {
         if self.running.take().is_some() {
             self.broke_off();
         }
-        let asks = matches!(wish, Wish::World | Wish::Finish);
-        if asks && !self.hub.look(Session::is_at_rest) {
-            self.hub.bring(|session| session.at_rest(holding()));
-            return true;
+        match wish {
+            Wish::World if !self.hub.look(Session::is_at_rest) => {
+                self.hub.bring(|session| session.at_rest(holding()));
+                true
+            }
+            Wish::Finish => {
+                self.looks_whether_others_go_on();
+                false
+            }
+            Wish::World | Wish::Share(_) | Wish::Nothing | Wish::Gone => false,
         }
-        false
+    }
+
+    /// Who is done waits for the others to be done too, not for another world: if there is to be one, it is without this
+    /// member.
+    fn looks_whether_others_go_on(&self) {
+        let world = self.hub.look(|session| session.place().map(|place| place.generation));
+        if self.ahead.load(Ordering::Relaxed) || world != self.finished {
+            lock(&self.desk.state).others_go_on = true;
+            self.desk.changed.notify_all();
+        }
     }
 
     /// Whoever waits for what was to be shared waits no longer.
@@ -117,12 +132,12 @@ impl Keeper {
                 self.share(generation, place, &bytes);
                 true
             }
-            (Wish::World, Stage::Given | Stage::Shared | Stage::Finished) => {
+            (Wish::World, Stage::Given | Stage::Shared) => {
                 self.end(generation);
                 true
             }
             (Wish::Finish, Stage::Open | Stage::Given | Stage::Shared) => {
-                self.running = Some((generation, Stage::Finished));
+                self.finished = Some(generation);
                 self.hub.bring(|session| session.finished(generation, Step(0)));
                 true
             }
