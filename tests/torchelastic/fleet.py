@@ -17,18 +17,49 @@ class Coordinator:
 
     def __init__(self, binary, *options):
         self.binary = binary
+        self.dir = tempfile.TemporaryDirectory(prefix="reknit-store-")
+        self.options = options
         self.log = tempfile.NamedTemporaryFile("w+", prefix="reknit-", suffix=".log")
-        command = [binary, "serve", "--listen", "127.0.0.1:0", "--store", "memory", "--announce"]
-        command += ["--torchelastic", "127.0.0.1:0", *options]
+        self.serve("127.0.0.1:0", "127.0.0.1:0")
+
+    def serve(self, listen, endpoint):
+        command = [self.binary, "serve", "--listen", listen, "--store", self.dir.name, "--announce"]
+        command += ["--torchelastic", endpoint, *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
-        self.url = "http://" + self.process.stdout.readline().strip()
+        self.address = self.process.stdout.readline().strip()
+        self.url = "http://" + self.address
         self.endpoint = self.process.stdout.readline().strip()
+
+    def kill_and_restart(self):
+        """As if its machine had been reset: it comes back with what it has saved."""
+        self.process.kill()
+        self.process.wait()
+        self.serve(self.address, self.endpoint)
 
     def look(self, *what):
         """What `reknit WHAT --json` shows; nothing if it fails."""
         command = [self.binary, *what, "--json", "--coordinator", self.url]
         done = subprocess.run(command, capture_output=True, text=True)
         return json.loads(done.stdout) if done.returncode == 0 else None
+
+    def run(self, *what):
+        subprocess.run([self.binary, *what, "--coordinator", self.url], check=True, capture_output=True)
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait()
+        self.dir.cleanup()
+
+
+class Relay:
+    """`reknit relay`, as on a machine that runs torchrun."""
+
+    def __init__(self, coordinator, nodes):
+        self.log = tempfile.NamedTemporaryFile("w+", prefix="reknit-relay-", suffix=".log")
+        command = [coordinator.binary, "relay", "--listen", "127.0.0.1:0", "--nodes", nodes, "--announce"]
+        command += ["--coordinator", coordinator.url]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.endpoint = self.process.stdout.readline().strip()
 
     def close(self):
         self.process.terminate()
@@ -41,7 +72,7 @@ class Agent:
     def __init__(self, fleet, name):
         self.name = name
         self.output = open(os.path.join(fleet.dir, f"{name}.out"), "w")
-        command = [sys.executable, "-m", "torch.distributed.run", *fleet.options, fleet.worker, *fleet.arguments]
+        command = [sys.executable, "-m", fleet.module, *fleet.options, fleet.worker, *fleet.arguments]
         environment = dict(os.environ, OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR", **fleet.environment)
         self.process = subprocess.Popen(
             command, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
@@ -81,9 +112,10 @@ class Agent:
 class Fleet:
     """The agents of one job."""
 
-    def __init__(self, options, steps=1_000_000, environment=None):
+    def __init__(self, options, module="torch.distributed.run", steps=1_000_000, environment=None):
         self.dir = tempfile.mkdtemp(prefix="reknit-torch-")
         self.options = options
+        self.module = module
         self.worker = os.path.join(HERE, "worker.py")
         self.log = os.path.join(self.dir, "log")
         self.over = os.path.join(self.dir, "over")
@@ -138,7 +170,14 @@ class Fleet:
         raise AssertionError(f"waited {patience} s for {what}; events: {self.events()[-10:]}")
 
     def end(self, patience=PATIENCE):
-        """Ends the job as a job ends: the workers exit with success. Returns the agents' exit codes."""
+        """Ends the job as a job ends: the workers exit with success. Returns the agents' exit codes.
+
+        They train for a while before: a process of PyTorch's that ends in the very moment in which it has begun may abort ("terminate
+        called without an active exception", exit code -6), whatever it was started by. Its agent then begins anew, while others whose
+        workers have ended wait for it for five minutes.
+        """
+        begun = max(line["at"] for line in self.events("first"))
+        self.eventually(lambda: self.events("step", begun), "steps before the end")
         open(self.over, "w").close()
         codes = {}
         for agent in self.agents.values():

@@ -1,7 +1,7 @@
 //! What can be typed: every command, flag and environment variable is declared here, with its doc and default; those of
 //! `bench` in `bench/args.rs`.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -49,6 +49,12 @@ pub(crate) struct Connection {
 pub(crate) enum Command {
     /// Run a coordinator
     Serve(Box<Serve>),
+    /// Stand between stock torchrun and the coordinators, on each machine that runs it
+    ///
+    /// Agents connect to it on loopback, as to a store of PyTorch's: torchrun --rdzv-backend=c10d
+    /// --rdzv-endpoint=127.0.0.1:29400 --rdzv-conf=is_host=0. Each is a member of the job that its --rdzv-id names, with TLS
+    /// and tokens towards the coordinators, and lives through the death of any of them. Agents of PyTorch 2.6 and later.
+    Relay(Box<Relay>),
     /// Show it all: a training run on this machine that lives through everything a spot fleet does
     Demo(Demo),
     /// Measure how fast it is on this machine, next to what the machine itself allows
@@ -179,6 +185,27 @@ pub(crate) struct ForTorchrun {
     /// The ports at which the workers of each run meet, e.g. 29500-29599 [default: any]
     #[arg(long, env = "REKNIT_TORCHELASTIC_WORKER_PORTS", value_name = "FIRST-LAST", value_parser = ports, requires = "torchelastic")]
     pub(crate) torchelastic_worker_ports: Option<RangeInclusive<u16>>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Relay {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+    /// Where agents on this machine connect: on loopback
+    #[arg(long, env = "REKNIT_RELAY_LISTEN", default_value = "127.0.0.1:29400")]
+    pub(crate) listen: SocketAddr,
+    /// How many nodes a run has at least and at most, as torchrun's --nnodes says it
+    #[arg(long, env = "REKNIT_RELAY_NODES", value_name = "MIN[:MAX]", value_parser = nodes)]
+    pub(crate) nodes: RangeInclusive<u32>,
+    /// The address of this machine at which the relays and workers of others reach it
+    #[arg(long, env = "REKNIT_RELAY_ADVERTISE", value_name = "IP", default_value = "127.0.0.1")]
+    pub(crate) advertise: IpAddr,
+    /// Which log events are shown, e.g. `debug`
+    #[arg(long, env = "REKNIT_LOG", default_value = "info")]
+    pub(crate) log: String,
+    /// Print the address that it listens on, once it does
+    #[arg(long)]
+    pub(crate) announce: bool,
 }
 
 /// How a coordinator shows an etcd who it is.
@@ -340,6 +367,15 @@ fn repair(text: &str) -> Result<Repair, String> {
     let names = Repair::ALL.map(Repair::name).join(", ");
     let known = Repair::ALL.into_iter().find(|repair| repair.name() == text);
     known.ok_or_else(|| format!("write one or more of {names}"))
+}
+
+/// How many nodes, as torchrun's --nnodes says it: `MIN:MAX`, or one number.
+fn nodes(text: &str) -> Result<RangeInclusive<u32>, String> {
+    let (min, max) = text.split_once(':').unwrap_or((text, text));
+    match (min.parse(), max.parse()) {
+        (Ok(min @ 1..), Ok(max)) if min <= max => Ok(min..=max),
+        _ => Err("write it as --nnodes says it: 4, or 2:8".to_owned()),
+    }
 }
 
 /// A range of ports, as `FIRST-LAST` or one alone.

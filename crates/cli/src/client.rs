@@ -36,7 +36,7 @@ impl Connection {
     }
 
     /// What is shown to the coordinator, and what it is checked by: the flags, and REKNIT_TOKEN.
-    fn credentials(&self) -> Result<Credentials, Failure> {
+    pub(crate) fn credentials(&self) -> Result<Credentials, Failure> {
         let named = |path: &Option<PathBuf>| path.clone().filter(|path| !path.as_os_str().is_empty());
         let token = Credentials::from_env().map_err(failure::credentials)?.token;
         let (ca, cert, key) = (named(&self.ca), named(&self.cert), named(&self.key));

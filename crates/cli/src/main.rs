@@ -16,6 +16,7 @@ mod failure;
 mod look;
 mod print;
 mod processes;
+mod relay;
 mod serve;
 mod token;
 
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<(), Failure> {
     match args.command {
         Command::Serve(serve) => serve::serve(&serve),
+        Command::Relay(args) => relay::relay(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(bench) => bench::bench(bench),
         Command::Status(status) => look::status(&status),

@@ -42,8 +42,39 @@ pub(crate) fn serve(args: &Serve) -> Result<(), Failure> {
     if args.print_config {
         return print_config(&config, &args.log, args.json);
     }
-    let filter = EnvFilter::try_new(&args.log).map_err(|why| {
-        let error = anyhow::anyhow!("{:?} does not say which log events are shown: {why}", args.log);
+    log_to_stderr(&args.log)?;
+    raise_limit(config.limits.connections);
+    let exposure = if args.insecure { Exposure::Insecure } else { Exposure::Loopback };
+    let announce = args.announce;
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async move {
+        let stop = told_to_stop()?;
+        let server = Server::bind(config, exposure).await.map_err(failure::serve)?;
+        if announce {
+            print::data(format_args!("{}", server.address()));
+            if let Some(address) = server.torchelastic_address() {
+                print::data(format_args!("{address}"));
+            }
+        }
+        server.run(stop).await.map_err(failure::serve)
+    })
+}
+
+/// Ends when this process is told to stop.
+pub(crate) fn told_to_stop() -> std::io::Result<impl Future<Output = ()>> {
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    let mut terminated = signal(SignalKind::terminate())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupted.recv() => {}
+            _ = terminated.recv() => {}
+        }
+    })
+}
+
+/// Shows the log events that `log` names.
+pub(crate) fn log_to_stderr(log: &str) -> Result<(), Failure> {
+    let filter = EnvFilter::try_new(log).map_err(|why| {
+        let error = anyhow::anyhow!("{:?} does not say which log events are shown: {why}", log);
         Failure::new(Kind::Usage, error, "for instance `--log info`, or `--log reknit_coordinator=debug`")
     })?;
     let colours = std::io::stderr().is_terminal();
@@ -55,27 +86,7 @@ pub(crate) fn serve(args: &Serve) -> Result<(), Failure> {
         // A log that nobody takes any more must not end anything.
         .log_internal_errors(false)
         .init();
-    raise_limit(config.limits.connections);
-    let exposure = if args.insecure { Exposure::Insecure } else { Exposure::Loopback };
-    let announce = args.announce;
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async move {
-        let mut interrupted = signal(SignalKind::interrupt())?;
-        let mut terminated = signal(SignalKind::terminate())?;
-        let server = Server::bind(config, exposure).await.map_err(failure::serve)?;
-        if announce {
-            print::data(format_args!("{}", server.address()));
-            if let Some(address) = server.torchelastic_address() {
-                print::data(format_args!("{address}"));
-            }
-        }
-        let stop = async move {
-            tokio::select! {
-                _ = interrupted.recv() => {}
-                _ = terminated.recv() => {}
-            }
-        };
-        server.run(stop).await.map_err(failure::serve)
-    })
+    Ok(())
 }
 
 fn torchelastic(args: &ForTorchrun) -> Option<TorchElastic> {

@@ -12,7 +12,8 @@
 //!
 //! # Reading order
 //! [`wire`] the bytes of a request · [`kv`] the store · [`pickle`] how agents write what they agree on · [`state`] what that is ·
-//! [`run`] one run, and what is done about the faults of stock torchrun · [`rendezvous`] all runs behind one port.
+//! [`run`] one run, and what is done about the faults of stock torchrun · [`rendezvous`] all runs behind one port · [`seat`] the same as one agent
+//! behind a relay is shown it.
 //!
 //! # Words
 //! | word | means | here |
@@ -39,5 +40,6 @@ pub mod kv;
 pub mod pickle;
 pub mod rendezvous;
 pub mod run;
+pub mod seat;
 pub mod state;
 pub mod wire;

@@ -64,7 +64,8 @@ pub struct State {
     pub last_heartbeats: BTreeMap<Agent, Instant>,
     /// What else a later release puts there: plain data, kept as it is.
     pub others: Vec<(String, Value)>,
-    protocol: u8,
+    /// The pickle protocol in which it was written.
+    pub protocol: u8,
 }
 
 /// Why a value is no state.

@@ -284,7 +284,16 @@ impl Launcher {
     /// next one. Costs no more than a look.
     pub fn is_over(&self) -> bool {
         let given = lock(&self.desk.state).given;
-        let Some(World { generation, .. }) = given else { return true };
+        self.is_world_over(given)
+    }
+
+    /// Waits until the world that was given out last is over, or is to end, at most for `patience`. Says whether it is.
+    pub fn wait_until_over(&self, patience: Duration) -> bool {
+        self.desk.wait(patience, |state| self.is_world_over(state.given).then_some(())).is_some()
+    }
+
+    fn is_world_over(&self, world: Option<World>) -> bool {
+        let Some(World { generation, .. }) = world else { return true };
         !self.hub.look(|session| match session.directive() {
             Directive::Run { place, .. } => place.generation == Generation(generation),
             Directive::Wait | Directive::Restore(_) | Directive::Over(_) => false,

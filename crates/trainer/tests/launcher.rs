@@ -58,7 +58,7 @@ impl Program {
     }
 
     fn waits_for_the_end_of(&self, world: World) {
-        eventually("the world's end", || self.launcher.is_over().then_some(()));
+        assert!(self.launcher.wait_until_over(PATIENCE) && self.launcher.is_over());
         assert!(world.size > 0);
     }
 }

@@ -26,7 +26,9 @@ from datetime import timedelta
 from types import FrameType
 from typing import Callable
 
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch import __version__ as _torch
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -46,10 +48,24 @@ __all__ = ["LeftAsPlanned", "ReknitHandler", "create_handler", "entry_point"]
 
 log = logging.getLogger(__name__)
 
+_RELEASE = tuple(int(part) for part in _torch.split("+")[0].split(".")[:2])
+
 # How long one attempt to reach a world's store may take, in seconds: if its host is gone, so is the world.
 _STORE_ATTEMPT = 2.0
 # How long is waited between looks at whether a world is over, in seconds.
 _LOOK_EVERY = 1.0
+
+
+class _RoundStore(PrefixStore):
+    """What agents tell each other in one world. It notices that this one has come to the end."""
+
+    is_at_the_end = False
+
+    def add(self, key: str, amount: int) -> int:
+        # With this an agent whose workers have all ended well enters torchrun's last barrier.
+        if key.startswith("torchelastic/agent/terminal_state"):
+            self.is_at_the_end = True
+        return int(super().add(key, amount))
 
 
 class ReknitHandler(RendezvousHandler):
@@ -58,7 +74,7 @@ class ReknitHandler(RendezvousHandler):
     def __init__(self, run_id: str, min_nodes: int, max_nodes: int, options: Options) -> None:
         self._run_id = run_id
         self._options = options
-        self._store: Store | None = None
+        self._store: _RoundStore | None = None
         self._had_world = False
         host = options.address
         self._launcher = _native.Launcher(
@@ -164,8 +180,8 @@ class ReknitHandler(RendezvousHandler):
             store = self._reach(host, port, timeout)
         if store is None:
             return None
-        self._store = store
-        round_store = PrefixStore(f"reknit/{self._run_id}/{world.generation}", store)
+        round_store = _RoundStore(f"reknit/{self._run_id}/{world.generation}", store)
+        self._store = round_store
         if self.use_agent_store:
             bootstrap = RendezvousStoreInfo(host, port)
         else:
@@ -199,10 +215,14 @@ class ReknitHandler(RendezvousHandler):
 
     def shutdown(self) -> bool:
         # The agent calls this while an exception is on its way up if its workers have failed for good.
-        failed = sys.exc_info()[1] is not None
+        cause = sys.exc_info()[1]
+        # The agent of 2.5 calls it before that: then whether it has come to its last barrier tells.
+        failed = cause is not None or (_RELEASE <= (2, 5) and not (self._store and self._store.is_at_the_end))
         done = True
         if self._had_world and not self._launcher.has_ended():
-            if failed:
+            if isinstance(cause, (SignalException, KeyboardInterrupt, SystemExit)):
+                log.info("this node was told to stop; the others go on without it")
+            elif failed:
                 # As with stock torchrun: a node that has no restarts left ends the job.
                 done = self._launcher.close_job()
             else:

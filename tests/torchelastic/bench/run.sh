@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# What forming, losing and joining cost with torchrun, stock and with reknit, and what the store's operations cost. Prints the tables.
+#
+#     tests/torchelastic/bench/run.sh [DIRECTORY_OF_PROGRAMS [OPTIONS_OF_AGENTS.PY …]]
+#
+# PYTHON names a Python that has torch and the package reknit. On two cores the whole takes some hours: `--repeat 1` shows the shape.
+set -euo pipefail
+cd "$(dirname "$0")"
+programs=$(cd "${1:-../../../target/release}" && pwd)
+python=${PYTHON:-python3}
+
+"$python" agents.py --reknit "$programs/reknit" "${@:2}"
+"$python" store.py --reknit "$programs/reknit"
