@@ -10,7 +10,12 @@ use pyo3::types::PyBytes;
 use reknit_trainer::launcher::{Next, SHARED_MAX, World as NativeWorld};
 use reknit_trainer::{Credentials, End, LauncherOptions, TrainError};
 
-create_exception!(_native, Unreachable, PyException, "No coordinator can be reached, or it does not talk to this node.");
+create_exception!(
+    _native,
+    Unreachable,
+    PyException,
+    "No coordinator can be reached, or it does not talk to this node."
+);
 create_exception!(_native, Refused, PyException, "The coordinator does not let this node into the job.");
 create_exception!(_native, JobCompleted, PyException, "The job is over: all nodes have finished.");
 create_exception!(_native, JobClosed, PyException, "The job is over: somebody closed it.");
@@ -142,7 +147,9 @@ impl Launcher {
     fn next_world(&self, py: Python<'_>, seconds: f64) -> PyResult<Option<World>> {
         let launcher = self.get()?;
         in_slices(py, seconds, |slice| match launcher.next_world(slice) {
-            Ok(Next::World(NativeWorld { generation, rank, size })) => Ok(Some(World { generation, rank, size })),
+            Ok(Next::World(NativeWorld { generation, rank, size })) => {
+                Ok(Some(World { generation, rank, size }))
+            }
             Ok(Next::NotYet) => Ok(None),
             Ok(Next::End(End::Closed(closure))) => Err(over(closure, "the job is over")),
             Ok(Next::End(_)) => Err(Released::new_err("this node has left the job")),
@@ -151,7 +158,12 @@ impl Launcher {
     }
 
     /// Gives all nodes of the world what its rank 0 gives here. None if not all have called it within `seconds`.
-    fn share<'py>(&self, py: Python<'py>, data: &[u8], seconds: f64) -> PyResult<Option<Bound<'py, PyBytes>>> {
+    fn share<'py>(
+        &self,
+        py: Python<'py>,
+        data: &[u8],
+        seconds: f64,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         if data.len() > SHARED_MAX {
             return Err(bad(format!("at most {SHARED_MAX} bytes can be shared, not {}", data.len())));
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +26,8 @@ from torch.distributed.elastic.rendezvous import (
 
 from reknit import __version__
 from reknit.options import OptionError
-from reknit.rendezvous import LeftAsPlanned, ReknitHandler, create_handler
+from reknit.backend import create_handler
+from reknit.rendezvous import LeftAsPlanned, ReknitHandler
 
 PATIENCE = 60.0
 
@@ -74,7 +77,12 @@ def waiting(node: Node) -> bool:
 
 
 def test_torchrun_finds_it() -> None:
-    # The class is only made for agents; what is registered is what makes it.
+    # Whatever was imported first: torchrun loads backends while its own package is half there.
+    for first in ("reknit.rendezvous", "torch.distributed.elastic.rendezvous"):
+        look = f"import {first}; from torch.distributed.elastic.rendezvous import rendezvous_handler_registry as known; "
+        look += "assert 'reknit' in known._registry"
+        done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+        assert done.returncode == 0 and "Exception" not in done.stderr, done.stderr
     assert rendezvous_handler_registry._registry["reknit"] is create_handler
     assert __version__
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stock PyTorch against reknit: the conformance of the store, then torchrun with agents that are killed and join, in the newest
-# release and in one that is two years older.
+# PyTorch against reknit: the conformance of the store, the Python package, then torchrun in all ways with agents that are killed and
+# join, in the newest release and in one that is two years older.
 #
 #     tests/torchelastic/run.sh [DIRECTORY_OF_PROGRAMS]
 #
@@ -10,6 +10,18 @@ cd "$(dirname "$0")"
 programs=$(cd "${1:-../../target/release}" && pwd)
 venvs=${REKNIT_VENVS:-${XDG_CACHE_HOME:-$HOME/.cache}/reknit}
 
+# One wheel is for all releases.
+wheel=$venvs/wheel
+if [ ! -e "$venvs/build/complete" ]; then
+    rm -rf "$venvs/build"
+    python3 -m venv "$venvs/build"
+    "$venvs/build/bin/pip" install --quiet --disable-pip-version-check "maturin>=1.9,<2"
+    touch "$venvs/build/complete"
+fi
+rm -rf "$wheel"
+PATH=$venvs/build/bin:$PATH "$venvs/build/bin/pip" wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+    --wheel-dir "$wheel" ../../python
+
 for release in ${REKNIT_TORCH:-2.15.0 2.5.1}; do
     venv=$venvs/torch-$release
     if [ ! -e "$venv/complete" ]; then
@@ -18,6 +30,12 @@ for release in ${REKNIT_TORCH:-2.15.0 2.5.1}; do
         "$venv/bin/pip" install --quiet --disable-pip-version-check --no-cache-dir "torch==$release" numpy
         touch "$venv/complete"
     fi
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --force-reinstall "$wheel"/reknit-*.whl
     "$venv/bin/python" conformance.py --reknit "$programs/reknit"
+    # The backend is found by torchrun itself since 2.6.
+    if [ "$(printf '%s\n' 2.6 "$release" | sort -V | head -1)" = 2.6 ]; then
+        "$venv/bin/pip" install --quiet --disable-pip-version-check pytest mypy
+        (cd ../../python && REKNIT=$programs/reknit "$venv/bin/python" -m pytest -q tests && "$venv/bin/python" -m mypy src/reknit tests)
+    fi
     "$venv/bin/python" torchrun.py --reknit "$programs/reknit"
 done

@@ -15,6 +15,7 @@ What torchrun's agent asks its backend for, and what it gets here:
 from __future__ import annotations
 
 import atexit
+import inspect
 import json
 import logging
 import os
@@ -23,8 +24,8 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from importlib import import_module
 from types import FrameType
-from typing import Callable
 
 from torch import __version__ as _torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -35,20 +36,32 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousGracefulExitError,
     RendezvousHandler,
     RendezvousInfo,
-    RendezvousParameters,
     RendezvousStateError,
     RendezvousStoreInfo,
     RendezvousTimeoutError,
 )
 
 from . import _native
-from .options import Options, parse
+from .options import Options
 
-__all__ = ["LeftAsPlanned", "ReknitHandler", "create_handler", "entry_point"]
+__all__ = ["LeftAsPlanned", "ReknitHandler"]
 
 log = logging.getLogger(__name__)
 
 _RELEASE = tuple(int(part) for part in _torch.split("+")[0].split(".")[:2])
+
+
+def _counts_attempts() -> bool:
+    # In 2.5 workers that share their agent's store look for each other under the number of restarts that their own agent has
+    # spent. Agents do not spend alike, and would never find each other: there workers get a store of their own.
+    module = import_module("torch.distributed.rendezvous")
+    try:
+        return "/worker/attempt_" in inspect.getsource(module._create_c10d_store)
+    except (AttributeError, OSError):
+        return False
+
+
+_COUNTS_ATTEMPTS = _counts_attempts()
 
 # How long one attempt to reach a world's store may take, in seconds: if its host is gone, so is the world.
 _STORE_ATTEMPT = 2.0
@@ -114,7 +127,7 @@ class ReknitHandler(RendezvousHandler):
     @property
     def use_agent_store(self) -> bool:
         # The same switch as stock torchrun's: workers then make a store of their own.
-        return os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1"
+        return os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1" and not _COUNTS_ATTEMPTS
 
     def next_rendezvous(self) -> RendezvousInfo:
         # The last world's workers are stopped by now: whoever still waits in its store waits for nothing.
@@ -246,18 +259,3 @@ def _goes(why: str) -> LeftAsPlanned:
     left = LeftAsPlanned(0)
     left.__cause__ = RendezvousGracefulExitError(why)
     return left
-
-
-def create_handler(params: RendezvousParameters) -> RendezvousHandler:
-    """Makes the handler of one torchrun agent.
-
-    Raises:
-        reknit.options.OptionError: The command line makes no sense.
-    """
-    options = parse(params.endpoint, params.config, params.local_addr)
-    return ReknitHandler(params.run_id, params.min_nodes, params.max_nodes, options)
-
-
-def entry_point() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What the entry point ``torchrun.handlers`` gives: torchrun calls it, and registers what it returns."""
-    return create_handler

@@ -6,7 +6,7 @@ From 2.6 on, torchrun finds the backend by itself.
 from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 from torch.distributed.run import main as torchrun
 
-from .rendezvous import create_handler
+from .backend import create_handler
 
 
 def main() -> None:
