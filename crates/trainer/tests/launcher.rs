@@ -233,10 +233,10 @@ fn without_a_coordinator_it_says_so_in_time_and_with_training_programs_it_is_ref
     assert!(began.elapsed() >= Duration::from_millis(200));
 
     let coordinator = Coordinator::start();
-    let mut state = reknit_trainer::NamedTensors::new().with_f32("w", &[1], vec![0.0]);
+    let mut state = reknit_trainer::NamedTensors::new().with_f32("w", [1], vec![0.0]);
     let train = Options::new(coordinator.url(), "job", common::ORDER).unwrap().name("t").unwrap();
     let mut trainer = Trainer::join(train, &state).unwrap();
-    drop(trainer.next_step(&mut state).unwrap());
+    assert!(trainer.next_step(&mut state).unwrap().is_some());
     let launcher = Launcher::join(options(&coordinator, "stranger", 1, 2)).unwrap();
     let failed = eventually("the refusal", || launcher.next_world(SLICE).err());
     assert!(matches!(failed, TrainError::Refused(_)), "{failed}");
