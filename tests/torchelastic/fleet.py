@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ class Agent:
         self.name = name
         self.output = open(os.path.join(fleet.dir, f"{name}.out"), "w")
         command = [sys.executable, "-m", fleet.module, *fleet.options, fleet.worker, *fleet.arguments]
-        environment = dict(os.environ, OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR", **fleet.environment)
+        environment = dict(os.environ, OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR", TMPDIR=fleet.dir, **fleet.environment)
         self.process = subprocess.Popen(
             command, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
@@ -185,6 +186,9 @@ class Fleet:
                 codes[agent.name] = agent.process.wait(patience)
         return codes
 
-    def close(self):
+    def close(self, keep=False):
         for agent in self.alive():
             agent.kill()
+        # What it printed has been shown, if anybody needs it.
+        if not keep:
+            shutil.rmtree(self.dir, ignore_errors=True)

@@ -11,7 +11,7 @@ What is shown, in seconds:
 
 * total: from the event (the first agent is started, or the victim killed, or the newcomer started) until the last member of the new
   world has done its first all_reduce there.
-* without import: the same less what the slowest worker took to import torch.
+* without import: the same less what the slowest worker took to import torch. (New agents import it too. That remains.)
 * noticed: from the event until the last of the agents that are running begins to stop its workers. The event is here the instant at
   which the newcomer has started up and enters the rendezvous, if there is one.
 * agreed: from when the last agent (of those that were running, if some were) enters the rendezvous until the last of all leaves it.
@@ -20,7 +20,10 @@ What is shown, in seconds:
   `agreed` alone.
 
 If the agents needed more than one rendezvous, `agreed` is from the first to the last, with the starting of workers in between, and the
-remarks say so. A world that does not form is a result, not an error: `not within 75 s`, or `all agents died after 4.1 s`.
+remarks say so; they also count what was taken off --max-restarts. The JSON has the rest too: `starting`, `stopping`, and `told`, which
+is when the last of those running agents that the rendezvous told of it was told (others see their worker crash).
+
+A world that does not form is a result, not an error: `not within 75 s`, or `all agents died after 4.1 s`.
 """
 
 import argparse
@@ -35,16 +38,19 @@ import sys
 import time
 import traceback
 
+import torch
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
 
-from fleet import PATIENCE, Coordinator, Fleet  # noqa: E402
+from fleet import PATIENCE, Coordinator, Fleet, Relay  # noqa: E402
 
 # How long a loss of the coordinator is watched.
 WATCH = 15.0
 
 
-# The ways in which agents find each other. To add one, write its class and name it in WAYS.
+# The ways in which agents find each other. To add one, write its class and name it in WAYS: what it needs is started when it is made,
+# `coordinator` is what the scenario of that name kills, and `options` is asked for torchrun's options once for each agent.
 
 
 class StockStore:
@@ -83,15 +89,14 @@ class Stock:
     # Cases that never come to an end are not tried again and again.
     may_be_hopeless = True
     environment = {}
+    # Whoever else is on the machine of each agent, and dies with it.
+    beside = ()
 
     def __init__(self, reknit):
         self.coordinator = StockStore()
 
-    def options(self):
+    def options(self, nodes):
         return ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.coordinator.port}", "--rdzv-conf=is_host=0"]
-
-    def kill_coordinator_and_restart(self):
-        self.coordinator.kill_and_restart()
 
     def close(self):
         self.coordinator.close()
@@ -111,30 +116,55 @@ class Endpoint(Stock):
     def __init__(self, reknit):
         self.coordinator = Coordinator(reknit)
 
-    def options(self):
+    def options(self, nodes):
         return ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.coordinator.endpoint}", "--rdzv-conf=is_host=0"]
+
+
+class Relayed(Endpoint):
+    """Stock agents, each behind a relay of its own as if it were on a machine of its own."""
+
+    def __init__(self, reknit):
+        super().__init__(reknit)
+        self.beside = []
+
+    def options(self, nodes):
+        self.beside.append(Relay(self.coordinator, nodes))
+        return ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.beside[-1].endpoint}", "--rdzv-conf=is_host=0"]
+
+    def close(self):
+        for relay in self.beside:
+            relay.close()
+        super().close()
 
 
 class Package(Endpoint):
     """Agents with the package's backend."""
 
-    def options(self):
+    def options(self, nodes):
         return ["--rdzv-backend=reknit", f"--rdzv-endpoint={self.coordinator.url}"]
 
 
-WAYS = {"stock": Stock, "stock-unshared": StockUnshared, "endpoint": Endpoint, "package": Package}
+WAYS = {"stock": Stock, "stock-unshared": StockUnshared, "endpoint": Endpoint, "relay": Relayed, "package": Package}
 
 
 class Job(Fleet):
     """The agents of one measurement. Agents and workers write to the same log."""
 
-    def __init__(self, way, nodes):
-        options = [f"--nnodes={nodes}", "--nproc-per-node=1", "--rdzv-id=job", "--max-restarts=3", *way.options()]
+    def __init__(self, way, nodes, patience, settle):
+        self.way, self.patience, self.settle, self.deaths = way, patience, settle, {}
+        self.nodes = nodes
         path = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
-        super().__init__(options, module="agent", environment=dict(way.environment, PYTHONPATH=path))
-        self.environment.update(BENCH_LOG=self.log, TMPDIR=self.dir)
+        super().__init__([], module="agent", environment=dict(way.environment, PYTHONPATH=path))
+        self.environment.update(BENCH_LOG=self.log)
         self.worker = os.path.join(HERE, "worker.py")
-        self.deaths = {}
+
+    def add(self, count):
+        added = []
+        for _ in range(count):
+            self.options = [f"--nnodes={self.nodes}", "--nproc-per-node=1", "--rdzv-id=job", "--max-restarts=3"]
+            self.options += self.way.options(self.nodes)
+            added += super().add(1)
+        return added
 
     def wait(self, look, patience, since=None):
         """What `look` sees, or None when the patience is at an end or all agents are."""
@@ -158,14 +188,14 @@ class Job(Fleet):
         of_agent = {line["agent"]: line for line in lines if line["agent"] in alive and line["world"] == size}
         return of_agent if len(of_agent) == size == len(alive) else None
 
-    def train(self, size, seconds):
+    def train(self, size):
         """Gets to where a world of that size trains, and lets it do so for a while. Agents do many things every so many seconds, and
         the event should come at any time between."""
         self.add(size)
         formed = self.wait(lambda: self.first(size), PATIENCE)
         if not formed:
             raise RuntimeError(f"there is no world of {size} to begin with; see {self.dir}")
-        self.wait(lambda: time.time() > max(line["at"] for line in formed.values()) + seconds, PATIENCE)
+        self.wait(lambda: time.time() > max(line["at"] for line in formed.values()) + self.settle, PATIENCE)
         if not self.events("steps"):
             raise RuntimeError(f"the world of {size} does not train; see {self.dir}")
         return formed
@@ -206,7 +236,7 @@ class Job(Fleet):
         return dict(outcome="ok", **seen)
 
     def close(self):
-        super().close()
+        super().close(keep=True)
         # A worker that has outlived its agent, if any: it has this job's directory in its command line, and nobody else has.
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
@@ -217,91 +247,81 @@ class Job(Fleet):
                 pass
 
 
-def form_below_max(way, size, options, settle):
-    return Job(way, f"{size}:{size + 1}"), lambda job: form(job, size)
-
-
-def form_at_max(way, size, options, settle):
-    return Job(way, f"{size}:{size}"), lambda job: form(job, size)
-
-
 def form(job, size):
     event = time.time()
     job.add(size)
     return job.change(event, size, PATIENCE)
 
 
-def kill(way, size, options, settle, first=False):
-    def run(job):
-        formed = job.train(size, settle)
-        pick = min if first else max
-        victim = pick(formed.values(), key=lambda line: line["rank"])
-        event = time.time()
-        for pid in (victim["agent"], victim["pid"]):
-            os.kill(pid, signal.SIGKILL)
-        next(agent for agent in job.agents.values() if agent.pid == victim["agent"]).process.wait()
-        return job.change(event, size - 1, options.patience, running=[agent.pid for agent in job.alive()])
-
-    return Job(way, f"2:{size}"), run
+def kill(job, size, pick=max):
+    formed = job.train(size)
+    line = pick(formed.values(), key=lambda line: line["rank"])
+    ((number, victim),) = [(i, agent) for i, agent in enumerate(job.agents.values()) if agent.pid == line["agent"]]
+    beside = [other.process.pid for other in job.way.beside[number : number + 1]]
+    event = time.time()
+    for pid in (victim.pid, line["pid"], *beside):
+        os.kill(pid, signal.SIGKILL)
+    victim.process.wait()
+    return job.change(event, size - 1, job.patience, running=[agent.pid for agent in job.alive()])
 
 
-def kill_rank_0(way, size, options, settle):
-    return kill(way, size, options, settle, first=True)
+def kill_rank_0(job, size):
+    return kill(job, size, pick=min)
 
 
-def join(way, size, options, settle):
-    def run(job):
-        running = list(job.train(size - 1, settle))
-        event = time.time()
-        (newcomer,) = job.add(1)
-        return job.change(event, size, options.patience, running, newcomer.pid)
-
-    return Job(way, f"2:{size}"), run
+def join(job, size):
+    running = list(job.train(size - 1))
+    event = time.time()
+    (newcomer,) = job.add(1)
+    return job.change(event, size, job.patience, running, newcomer.pid)
 
 
-def coordinator(way, size, options, settle):
-    def run(job):
-        job.train(size, settle)
-        event = time.time()
-        # What the machine itself makes of it.
-        usual = max(line["gap"] for line in job.events("steps"))
-        way.kill_coordinator_and_restart()
-        job.wait(lambda: False, WATCH, event)
-        if not job.alive():
-            return {"outcome": f"all agents die after {max(job.deaths.values()) - event:.1f} s"}
-        if job.deaths:
-            return {"outcome": f"{len(job.deaths)} of {size} agents die"}
-        if restarted := len(job.events("started", event)):
-            return {"outcome": f"{restarted} workers are started again"}
-        steps = job.events("steps", event)
-        silent = time.time() - (steps[-1]["at"] if steps else event)
-        gap = max([line["gap"] for line in steps] + [silent if silent > 2 else 0])
-        return {"outcome": "nobody is started again", "total": gap, "usual": usual}
-
-    return Job(way, str(size)), run
+def coordinator(job, size):
+    job.train(size)
+    event = time.time()
+    # What the machine itself makes of it.
+    usual = max(line["gap"] for line in job.events("steps"))
+    job.way.coordinator.kill_and_restart()
+    job.wait(lambda: False, WATCH, event)
+    if not job.alive():
+        return {"outcome": f"all agents die after {max(job.deaths.values()) - event:.1f} s"}
+    if job.deaths:
+        return {"outcome": f"{len(job.deaths)} of {size} agents die"}
+    if restarted := len(job.events("started", event)):
+        return {"outcome": f"{restarted} workers are started again"}
+    steps = job.events("steps", event)
+    # If they do not go on at all, nobody says so.
+    silent = time.time() - (steps[-1]["at"] if steps else event)
+    gap = max([line["gap"] for line in steps] + [silent if silent > 2 else 0])
+    return {"outcome": "nobody is started again", "total": gap, "usual": usual}
 
 
+# What is done, and torchrun's --nnodes for that.
 SCENARIOS = {
-    "form-at-max": form_at_max,
-    "form-below-max": form_below_max,
-    "kill": kill,
-    "kill-rank-0": kill_rank_0,
-    "join": join,
-    "coordinator": coordinator,
+    "form-at-max": (form, "{size}:{size}"),
+    "form-below-max": (form, "{size}:{more}"),
+    "kill": (kill, "2:{size}"),
+    "kill-rank-0": (kill_rank_0, "2:{size}"),
+    "join": (join, "2:{size}"),
+    "coordinator": (coordinator, "{size}:{size}"),
 }
 
 
 def measure(scenario, way_name, size, options, settle):
-    way, job, is_good = WAYS[way_name](options.reknit), None, False
+    run, nodes = SCENARIOS[scenario]
+    way, job, is_expected = WAYS[way_name](options.reknit), None, True
     try:
-        job, run = SCENARIOS[scenario](way, size, options, settle)
-        seen = run(job)
-        is_good = "total" in seen or way.may_be_hopeless or scenario == "coordinator"
+        job = Job(way, nodes.format(size=size, more=size + 1), options.patience, settle)
+        seen = run(job, size)
+        is_expected = "total" in seen or way.may_be_hopeless or run is coordinator
         return seen
+    except Exception:
+        is_expected = False
+        raise
     finally:
         if job:
             job.close()
-            if is_good:
+            if is_expected:
                 shutil.rmtree(job.dir, ignore_errors=True)
             else:
                 print(f"(what it printed is kept in {job.dir}) ", end="", flush=True)
@@ -376,13 +396,9 @@ def run_all(options, samples):
                     failed += 1
                     continue
                 samples.append(dict(case, **seen))
-                shown = {name: round_(value) for name, value in seen.items() if name in ("outcome", "total", "rendezvous")}
-                print(", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+                numbers = [f"{name} {seen[name]:.2f} s" for name in ("total", "rendezvous") if name in seen]
+                print(", ".join([seen["outcome"], *numbers]), flush=True)
     return failed
-
-
-def round_(value):
-    return f"{value:.2f} s" if isinstance(value, float) else value
 
 
 def main():
@@ -403,13 +419,14 @@ def main():
     # So that whatever was started is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     samples, failed = [], 1
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
     try:
         failed = run_all(options, samples)
     finally:
         show(samples)
         if options.json:
             with open(options.json, "w") as file:
-                json.dump(samples, file, indent=1)
+                json.dump({"torch": torch.__version__, "cores": os.cpu_count(), "samples": samples}, file, indent=1)
     sys.exit(1 if failed else 0)
 
 

@@ -3,7 +3,7 @@
 #
 #     tests/torchelastic/bench/run.sh [DIRECTORY_OF_PROGRAMS [OPTIONS_OF_AGENTS.PY …]]
 #
-# PYTHON names a Python that has torch and the package reknit. On two cores the whole takes some hours: `--repeat 1` shows the shape.
+# PYTHON names a Python that has torch and the package reknit. On two cores the whole takes about two hours; `--repeat 1` shows the shape.
 set -euo pipefail
 cd "$(dirname "$0")"
 programs=$(cd "${1:-../../../target/release}" && pwd)
