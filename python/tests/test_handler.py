@@ -69,7 +69,16 @@ def eventually(look: Callable[[], bool], what: str) -> None:
 
 
 def together(*nodes: Node) -> list[RendezvousInfo]:
-    return [coming.result(PATIENCE) for coming in [node.next() for node in nodes]]
+    """All of them in one world. On a busy machine some may be too late for the first one."""
+
+    def reach(node: Node) -> RendezvousInfo:
+        while True:
+            info = node.handler.next_rendezvous()
+            if info.world_size == len(nodes):
+                return info
+            eventually(lambda: waiting(node), "the others to come")
+
+    return [coming.result(PATIENCE) for coming in [node.thread.submit(reach, node) for node in nodes]]
 
 
 def waiting(node: Node) -> bool:

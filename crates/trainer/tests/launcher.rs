@@ -39,22 +39,25 @@ impl Program {
         })
     }
 
-    /// The next world in which everybody has what was shared, and that.
-    fn world(&self) -> (World, Vec<u8>) {
+    /// The next world of that size in which everybody has what was shared, and that.
+    fn world(&self, size: usize) -> (World, Vec<u8>) {
         loop {
             let Next::World(world) = self.next() else { panic!("{:?}", self.launcher.end()) };
             let own = format!("of rank {} in {}", world.rank, world.generation);
             let shared =
                 eventually("what is shared", || self.launcher.share(own.as_bytes(), SLICE).transpose());
-            if let Ok(shared) = shared {
-                return (world, shared);
+            match shared {
+                Ok(shared) if world.size as usize == size => return (world, shared),
+                // On a busy machine the others were too late for this one.
+                Ok(_) => self.waits_for_the_end_of(world),
+                Err(_) => {}
             }
         }
     }
 
-    fn starts(&self) -> Starting {
+    fn starts(&self, size: usize) -> Starting {
         let launcher = Arc::clone(&self.launcher);
-        Starting { thread: std::thread::spawn(move || Program { launcher }.world()) }
+        Starting { thread: std::thread::spawn(move || Program { launcher }.world(size)) }
     }
 
     fn waits_for_the_end_of(&self, world: World) {
@@ -76,7 +79,7 @@ impl Starting {
 
 /// All of them in one world.
 fn together(programs: &[&Program]) -> Vec<World> {
-    let starting: Vec<_> = programs.iter().map(|program| program.starts()).collect();
+    let starting: Vec<_> = programs.iter().map(|program| program.starts(programs.len())).collect();
     let worlds: Vec<_> = starting.into_iter().map(Starting::world).collect();
     let generation = worlds[0].0.generation;
     for (world, shared) in &worlds {
@@ -97,14 +100,15 @@ fn l1_l3_a_world_is_given_to_all_and_all_share_what_rank_0_says() {
     assert!(!a.launcher.is_over() && !b.launcher.is_over() && !c.launcher.is_over());
 
     // One asks for the next world: nobody has it before all have asked.
-    let early = a.starts();
+    let early = a.starts(3);
     b.waits_for_the_end_of(first[1]);
     c.waits_for_the_end_of(first[2]);
-    let other = b.starts();
+    let other = b.starts(3);
     assert!(!early.thread.is_finished() && !other.thread.is_finished(), "L-1");
-    let status = coordinator.status("job");
-    assert_eq!(status.waiting.unwrap().members.len(), 1, "the one that has not asked is waited for");
-    let last = c.starts();
+    eventually("one that is waited for", || {
+        (coordinator.status("job").waiting.unwrap().members.len() == 1).then_some(())
+    });
+    let last = c.starts(3);
     let second = [early, other, last].map(|starting| starting.world().0);
     for (before, after) in first.iter().zip(second) {
         assert_eq!((after.rank, after.generation), (before.rank, before.generation + 1), "ranks stay");
@@ -125,20 +129,24 @@ fn l2_a_loss_and_a_newcomer_end_the_world_of_busy_programs() {
     }
     let second = together(&[&programs[0], &programs[1]]);
     let d = Program::join(&coordinator, "d", 1, 4);
-    let newcomer = d.starts();
+    let newcomer = d.starts(3);
     for program in &programs {
         program.waits_for_the_end_of(second[0]);
     }
-    let others: Vec<_> = programs.iter().map(Program::starts).collect();
+    let others: Vec<_> = programs.iter().map(|program| program.starts(3)).collect();
     let third: Vec<World> = others.into_iter().map(|starting| starting.world().0).collect();
     assert_eq!(newcomer.world().0.rank, 2, "who was there keeps its place");
     assert_eq!(
         third.iter().map(|world| world.rank).collect::<Vec<_>>(),
         second.iter().map(|world| world.rank).collect::<Vec<_>>()
     );
-    let first_steps: u64 =
-        coordinator.received().iter().filter(|(kind, _)| kind.contains("first_step")).map(|(_, n)| n).sum();
-    assert_eq!(first_steps, 3 + 2 + 3, "the history knows when each world had begun");
+    eventually("the history to know when each world had begun", || {
+        (first_steps(&coordinator) == 3 + 2 + 3).then_some(())
+    });
+}
+
+fn first_steps(coordinator: &Coordinator) -> u64 {
+    coordinator.received().iter().filter(|(kind, _)| kind.contains("first_step")).map(|(_, n)| n).sum()
 }
 
 #[test]
@@ -146,6 +154,7 @@ fn l4_nothing_is_said_while_a_world_runs() {
     let coordinator = Coordinator::start();
     let [a, b] = ["a", "b"].map(|name| Program::join(&coordinator, name, 2, 2));
     together(&[&a, &b]);
+    eventually("the last that is said of a beginning", || (first_steps(&coordinator) == 2).then_some(()));
     let said = || {
         let mut received = coordinator.received();
         (received.remove("renew"), received)
@@ -175,8 +184,8 @@ fn a_notice_is_a_planned_leave_and_one_too_many_waits() {
     coordinator.notice("job", "a", Duration::from_secs(120));
     a.waits_for_the_end_of(worlds[0]);
     b.waits_for_the_end_of(worlds[1]);
-    assert!(noticed.load(Ordering::Relaxed));
-    let others = [b.starts(), spare.starts()];
+    eventually("the callback", || noticed.load(Ordering::Relaxed).then_some(()));
+    let others = [b.starts(2), spare.starts(2)];
     assert_eq!(a.next(), Next::End(End::Released));
     for other in others {
         assert_eq!(other.world().0.size, 2);
@@ -213,7 +222,7 @@ fn who_has_finished_holds_up_nobody_who_goes_on() {
     let [a, b] = ["a", "b"].map(|name| Program::join(&coordinator, name, 1, 2));
     together(&[&a, &b]);
     assert_eq!(a.launcher.finish(SLICE), None);
-    let goes_on = b.starts();
+    let goes_on = b.starts(1);
     assert_eq!(a.launcher.finish(PATIENCE), Some(false));
     drop(a);
     assert_eq!(goes_on.world().0.size, 1);
