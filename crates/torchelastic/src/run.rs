@@ -10,6 +10,9 @@ use std::time::Duration;
 use crate::kv::ConnectionId;
 use crate::state::{Agent, SENTINEL, State, StateError};
 
+/// How long agents wait for more of them when enough have come, unless they are told otherwise.
+const LAST_CALL: Duration = Duration::from_secs(30);
+
 /// What is done about the faults of stock torchrun. Each can be left out; see `Repair` for what each is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Repairs {
@@ -266,9 +269,7 @@ impl Run {
                 None => state.wait_list = waiting,
             }
         }
-        if self.repairs.short_last_call && self.is_last_call_over(&state) {
-            state.complete();
-        }
+        self.shorten(&mut state);
         let instead = (state != sent).then(|| state.encode());
         Ok(Written { instead, is_new_round: self.adopt(now, state) })
     }
@@ -317,6 +318,41 @@ impl Run {
                 && before.participants.len() < sent.participants.len()
         };
         sent.complete && self.state.as_ref().is_some_and(comes)
+    }
+
+    /// Saves agents from looking once more, and from waiting for nobody: what [`Repair::ShortLastCall`] is.
+    fn shorten(&self, state: &mut State) {
+        if self.repairs.short_last_call {
+            self.draft(state);
+            if self.is_last_call_over(state) {
+                state.complete();
+            }
+        }
+    }
+
+    /// Whoever waits for the next round is in it as it begins, instead of when it has looked.
+    fn draft(&self, state: &mut State) {
+        let (Some(before), Some(min)) = (&self.state, self.min_seen) else { return };
+        if before.round >= state.round || state.complete || state.closed {
+            return;
+        }
+        // One that came to a round is in its wait list only if there was room for one more.
+        let came = state.wait_list.iter().any(|agent| !self.last_round.contains(agent));
+        let has_room = came && !before.wait_list.contains(&absentee());
+        let max = self.max_seen.unwrap_or(self.last_round.len() + usize::from(has_room));
+        // The one that has left last comes by itself, and finds room.
+        let room = max.saturating_sub(state.participants.len() + 1);
+        let is_here = |agent: &&Agent| self.connections.get(agent).is_some_and(|own| self.open.contains(own));
+        let drafted: Vec<Agent> = state.wait_list.iter().filter(is_here).take(room).cloned().collect();
+        for agent in drafted {
+            state.wait_list.remove(&agent);
+            state.participants.insert(agent, 0);
+        }
+        // Agents set it when they are the one that makes them enough.
+        let last_heard = state.last_heartbeats.values().max();
+        if state.participants.len() >= min && state.deadline.is_none() {
+            state.deadline = last_heard.map(|at| at.after(LAST_CALL));
+        }
     }
 
     /// Whether nobody is to be waited for any more: enough have joined, and everybody who is connected has. The first round
@@ -445,9 +481,7 @@ impl Run {
                 state.deadline = None;
             }
         }
-        if self.repairs.short_last_call && self.is_last_call_over(&state) {
-            state.complete();
-        }
+        self.shorten(&mut state);
         if self.state.as_ref() == Some(&state) {
             return None;
         }
