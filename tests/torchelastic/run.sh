@@ -6,8 +6,8 @@
 #
 # Each release gets a virtual environment below REKNIT_VENVS (by default in the user's cache), which is kept for the next time: 5 GB each.
 set -euo pipefail
+programs=$(cd "${1:-$(dirname "$0")/../../target/release}" && pwd)
 cd "$(dirname "$0")"
-programs=$(cd "${1:-../../target/release}" && pwd)
 venvs=${REKNIT_VENVS:-${XDG_CACHE_HOME:-$HOME/.cache}/reknit}
 
 # One wheel is for all releases.

@@ -5,8 +5,8 @@
 #
 # PYTHON names a Python that has torch and the package reknit. On two cores the whole takes about two hours; `--repeat 1` shows the shape.
 set -euo pipefail
+programs=$(cd "${1:-$(dirname "$0")/../../../target/release}" && pwd)
 cd "$(dirname "$0")"
-programs=$(cd "${1:-../../../target/release}" && pwd)
 python=${PYTHON:-python3}
 
 "$python" agents.py --reknit "$programs/reknit" "${@:2}"
