@@ -68,13 +68,14 @@ def eventually(look: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-def together(*nodes: Node) -> list[RendezvousInfo]:
-    """All of them in one world. On a busy machine some may be too late for the first one."""
+def together(*nodes: Node, size: int | None = None) -> list[RendezvousInfo]:
+    """All of them in one world, of that size. On a busy machine some may be too late for the first one."""
+    wanted = len(nodes) if size is None else size
 
     def reach(node: Node) -> RendezvousInfo:
         while True:
             info = node.handler.next_rendezvous()
-            if info.world_size == len(nodes):
+            if info.world_size == wanted:
                 return info
             eventually(lambda: waiting(node), "the others to come")
 
@@ -117,7 +118,7 @@ def test_each_world_has_a_fresh_store_and_ranks_stay(node: Callable[..., Node]) 
     nodes.append(node("c", 2, 3))
     newcomer = nodes[2].next()
     eventually(lambda: waiting(nodes[0]) and waiting(nodes[1]), "the running nodes to see it")
-    second = together(*nodes[:2])
+    second = together(*nodes[:2], size=3)
     assert newcomer.result(PATIENCE).rank == 2
     assert [info.rank for info in second] == [info.rank for info in first]
     assert not second[0].store.check(["left over"])
