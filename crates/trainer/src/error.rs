@@ -11,6 +11,7 @@ use reknit_collectives::ListenError;
 use reknit_membership::reason::Refusal;
 
 use crate::options::BadOptions;
+use crate::session::End;
 
 /// Why a program could not join, or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +64,18 @@ pub enum TrainError {
     /// The operating system gives no thread or no randomness.
     #[error("the operating system refuses: {0}")]
     System(#[from] std::io::Error),
+}
+
+impl End {
+    /// The end itself, if it is a good one.
+    pub(crate) fn into_result(self) -> Result<End, TrainError> {
+        match self {
+            End::Closed(_) | End::Released | End::Left => Ok(self),
+            End::Refused(refusal) => Err(TrainError::Refused(Box::new(refusal))),
+            End::Rejected { why } => Err(TrainError::Rejected(why)),
+            End::MachineFailed { why } => Err(TrainError::System(std::io::Error::other(why))),
+        }
+    }
 }
 
 /// The world broke while this step was on its way, or a worker could not do its part of it. Nothing is lost: ask for the

@@ -12,18 +12,24 @@ use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use reknit_collectives::{AbortHandle, BreakReason, Group, Listener, Secret, StateConnection};
+use reknit_collectives::{
+    AbortHandle, BreakReason, Group, Listener, ListenerOptions, Secret, StateConnection,
+};
 use reknit_membership::event::{Event, Message};
-use reknit_membership::holding::{Plan, ShardReport};
+use reknit_membership::holding::{Holding, Plan, ShardReport};
 use reknit_membership::record::Commit;
+use reknit_membership::spec::Shape;
 use reknit_membership::world::Place;
-use reknit_membership::{Generation, Step};
+use reknit_membership::{Generation, MemberId, Step};
 use reknit_proto::rendezvous::{SecretBytes, Told};
 use tokio::sync::mpsc as tokio_mpsc;
 
-use crate::options::{Notice, NoticeCallback};
+use crate::error::TrainError;
+use crate::launcher::LauncherOptions;
+use crate::link::{self, Target};
+use crate::options::{Notice, NoticeCallback, advertised};
 use crate::ring;
-use crate::session::{Output, Session};
+use crate::session::{Identity, Output, Session};
 
 /// What the program's thread hears while it waits.
 pub(crate) enum ToProgram {
@@ -104,8 +110,65 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A member that has begun to join, and what its threads listen to.
+pub(crate) struct Joined {
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) inbox: std_mpsc::Receiver<ToProgram>,
+    pub(crate) saves_inbox: std_mpsc::Receiver<ToSaves>,
+    pub(crate) link: std::thread::JoinHandle<()>,
+}
+
 impl Hub {
-    pub(crate) fn new(
+    /// Listens for neighbours, and begins to look for a coordinator. `stateless`: what the member holds, whatever its
+    /// program does, if it has no state.
+    ///
+    /// # Errors
+    /// [`TrainError`] if the data plane cannot listen, or the system gives no thread or randomness.
+    pub(crate) fn join(
+        member: &LauncherOptions,
+        shape: Shape,
+        stateless: Option<Holding>,
+    ) -> Result<Joined, TrainError> {
+        let listen = member.listen;
+        let listener = Listener::bind(listen, ListenerOptions::default())
+            .map_err(|source| TrainError::Listen { listen, source })?;
+        let identity = Identity {
+            name: member.name.clone(),
+            slots: 1,
+            address: advertised(member.advertise.as_deref(), &listener),
+            spec: member.spec,
+            shape,
+        };
+        let mut seed = [0; 8];
+        getrandom::fill(&mut seed).map_err(std::io::Error::from)?;
+        let mut drawn = u64::from_le_bytes(seed);
+        let next_id = Box::new(move || {
+            drawn = crate::order::mix(drawn);
+            MemberId(drawn)
+        });
+        let session = Session::new(identity, next_id);
+        let session = match stateless {
+            Some(holding) => session.without_state(holding),
+            None => session,
+        };
+        let (to_link, link_inbox) = tokio_mpsc::unbounded_channel();
+        let (to_program, inbox) = std_mpsc::channel();
+        let (to_saves, saves_inbox) = std_mpsc::channel();
+        let hub = Hub::new(session, listener, to_link, to_program, to_saves, member.on_notice.clone());
+        let link = {
+            let hub = Arc::clone(&hub);
+            let to = Target {
+                coordinators: member.coordinators.clone(),
+                credentials: member.credentials.clone(),
+                job: member.job.clone(),
+            };
+            let thread = std::thread::Builder::new().name("reknit-link".to_owned());
+            thread.spawn(move || link::run(hub, to, link_inbox))?
+        };
+        Ok(Joined { hub, inbox, saves_inbox, link })
+    }
+
+    fn new(
         session: Session,
         listener: Listener,
         to_link: tokio_mpsc::UnboundedSender<ToLink>,
@@ -288,7 +351,7 @@ impl Hub {
     }
 
     /// What ended the last stream, or the last attempt at one.
-    pub(crate) fn trouble(&self) -> String {
+    fn trouble(&self) -> String {
         lock(&self.trouble).clone()
     }
 
@@ -300,6 +363,12 @@ impl Hub {
             session.disconnected();
             Vec::new()
         });
+    }
+
+    /// What there is to say when there has been no coordinator for so long.
+    pub(crate) fn unreachable(&self, member: &LauncherOptions, waited: Duration) -> TrainError {
+        let coordinators = member.coordinators.join(", ");
+        TrainError::Unreachable { coordinators, waited, last: self.trouble() }
     }
 
     /// For how long there has been no stream.

@@ -21,21 +21,19 @@ mod ask;
 mod keeper;
 mod options;
 
-use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use reknit_checkpoint::Digester;
-use reknit_collectives::{Listener, ListenerOptions};
 use reknit_membership::holding::Holding;
 use reknit_membership::spec::{Shape, Sharding};
-use reknit_membership::{Digest, Generation, MemberId};
+use reknit_membership::{Digest, Generation};
 
 use crate::error::TrainError;
-use crate::hub::{Hub, ToLink, ToProgram, lock};
-use crate::link::{self, Target};
-use crate::session::{Directive, End, Identity, Session};
+use crate::hub::{Hub, Joined, ToLink, ToProgram, lock};
+use crate::link;
+use crate::session::{Directive, End, Session};
 
 pub use options::LauncherOptions;
 
@@ -146,37 +144,11 @@ impl Launcher {
     /// # Errors
     /// [`TrainError`] if the data plane cannot listen, or the system gives no thread.
     pub fn join(options: LauncherOptions) -> Result<Launcher, TrainError> {
-        let listen = options.listen;
-        let listener = Listener::bind(listen, ListenerOptions::default())
-            .map_err(|source| TrainError::Listen { listen, source })?;
         let nothing = nothing();
-        let identity = Identity {
-            name: options.name.clone(),
-            slots: 1,
-            address: crate::options::advertised(options.advertise.as_deref(), &listener),
-            spec: options.spec,
-            shape: Shape {
-                tensors: nothing,
-                count: 0,
-                bytes: 0,
-                recipe: nothing,
-                sharding: Sharding::Replicated,
-            },
-        };
-        let mut seed = [0; 8];
-        getrandom::fill(&mut seed).map_err(std::io::Error::from)?;
-        let mut drawn = u64::from_le_bytes(seed);
-        let next_id = Box::new(move || {
-            drawn = crate::order::mix(drawn);
-            MemberId(drawn)
-        });
-        let session = Session::new(identity, next_id).without_state(holding());
-
-        let (to_link, link_inbox) = tokio::sync::mpsc::unbounded_channel();
-        let (to_program, inbox) = channel();
+        let shape =
+            Shape { tensors: nothing, count: 0, bytes: 0, recipe: nothing, sharding: Sharding::Replicated };
         // There are no checkpoints to look after.
-        let (to_saves, _) = channel();
-        let hub = Hub::new(session, listener, to_link, to_program, to_saves, options.on_notice.clone());
+        let Joined { hub, inbox, saves_inbox: _, link } = Hub::join(&options, shape, Some(holding()))?;
         let state = OnDesk {
             wish: Wish::Nothing,
             given: None,
@@ -186,22 +158,11 @@ impl Launcher {
             end: None,
         };
         let desk = Arc::new(Desk { state: Mutex::new(state), changed: Condvar::new() });
-        let to = Target {
-            coordinators: options.coordinators.clone(),
-            credentials: options.credentials.clone(),
-            job: options.job.clone(),
-        };
-        let mut launcher = Launcher { hub, desk, options, threads: Vec::new() };
-        let (hub, desk) = (Arc::clone(&launcher.hub), Arc::clone(&launcher.desk));
-        launcher.start("reknit-keeper", move || Keeper::new(hub, desk, inbox).run())?;
-        let hub = Arc::clone(&launcher.hub);
-        launcher.start("reknit-link", move || link::run(hub, to, link_inbox))?;
+        let keeper = Keeper::new(Arc::clone(&hub), Arc::clone(&desk), inbox);
+        let mut launcher = Launcher { hub, desk, options, threads: vec![link] };
+        let thread = std::thread::Builder::new().name("reknit-keeper".to_owned());
+        launcher.threads.push(thread.spawn(move || keeper.run())?);
         Ok(launcher)
-    }
-
-    fn start(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-        self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(work)?);
-        Ok(())
     }
 
     /// Waits for a place in the next world, at most for `patience`. If a world is given out at present, that one ends for
@@ -224,30 +185,16 @@ impl Launcher {
             None => None,
         });
         match seen {
-            Some(Next::End(end)) => self.ended(end).map(Next::End),
+            Some(Next::End(end)) => end.into_result().map(Next::End),
             Some(next) => Ok(next),
             None => {
                 let (apart, never) = (self.hub.apart_for(), self.hub.look(Session::history).is_none());
                 let enough = if never { self.options.join_patience } else { self.options.patience };
                 if apart > enough {
-                    let coordinators = self.options.coordinators.join(", ");
-                    return Err(TrainError::Unreachable {
-                        coordinators,
-                        waited: apart,
-                        last: self.hub.trouble(),
-                    });
+                    return Err(self.hub.unreachable(&self.options, apart));
                 }
                 Ok(Next::NotYet)
             }
-        }
-    }
-
-    fn ended(&self, end: End) -> Result<End, TrainError> {
-        match end {
-            End::Closed(_) | End::Released | End::Left => Ok(end),
-            End::Refused(refusal) => Err(TrainError::Refused(Box::new(refusal))),
-            End::Rejected { why } => Err(TrainError::Rejected(why)),
-            End::MachineFailed { why } => Err(TrainError::System(std::io::Error::other(why))),
         }
     }
 

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use reknit_collectives::Listener;
 use reknit_membership::spec::{BadSpec, Spec};
-use reknit_membership::{BadName, JobId, MemberName};
+use reknit_membership::{BadName, MemberName};
 
 use crate::credentials::Credentials;
+use crate::launcher::LauncherOptions;
 use crate::order::DataOrder;
 
 /// A warning that this worker is to leave: the cloud will take its machine, or an operator drains it. The library lets it
@@ -35,19 +36,11 @@ pub struct Checkpoints {
 /// How a program joins a job. Made by [`Options::new`]; the rest has defaults.
 #[derive(Clone)]
 pub struct Options {
-    pub(crate) coordinators: Vec<String>,
-    pub(crate) credentials: Credentials,
-    pub(crate) job: JobId,
-    pub(crate) name: MemberName,
-    pub(crate) spec: Spec,
+    /// What a member says that has no state.
+    pub(crate) member: LauncherOptions,
     pub(crate) order: DataOrder,
     pub(crate) steps: Option<u64>,
     pub(crate) checkpoints: Option<Checkpoints>,
-    pub(crate) listen: SocketAddr,
-    pub(crate) advertise: Option<String>,
-    pub(crate) join_patience: Duration,
-    pub(crate) patience: Duration,
-    pub(crate) on_notice: Option<NoticeCallback>,
 }
 
 /// Why [`Options`] make no sense.
@@ -78,31 +71,17 @@ impl Options {
     /// # Errors
     /// [`BadOptions`] if a name or an address is none, or if the order is empty.
     pub fn new(coordinator: &str, job: &str, order: DataOrder) -> Result<Options, BadOptions> {
-        let coordinators = coordinators(coordinator)?;
+        let member = LauncherOptions::new(coordinator, job)?;
         if order.dataset == 0 || order.global_batch == 0 {
             return Err(BadOptions::EmptyOrder);
         }
-        Ok(Options {
-            coordinators,
-            credentials: Credentials::default(),
-            job: JobId::new(job)?,
-            name: default_name()?,
-            spec: Spec::default(),
-            order,
-            steps: None,
-            checkpoints: None,
-            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-            advertise: None,
-            join_patience: Duration::from_secs(60),
-            patience: Duration::from_secs(600),
-            on_notice: None,
-        })
+        Ok(Options { member, order, steps: None, checkpoints: None })
     }
 
     /// What is shown to the coordinator, and what it is checked by. By default nothing is shown, whatever the environment
     /// says; [`Credentials::from_env`] has what it says.
     pub fn credentials(mut self, credentials: Credentials) -> Options {
-        self.credentials = credentials;
+        self.member = self.member.credentials(credentials);
         self
     }
 
@@ -111,7 +90,7 @@ impl Options {
     /// # Errors
     /// [`BadOptions::Name`] if it is none.
     pub fn name(mut self, name: &str) -> Result<Options, BadOptions> {
-        self.name = MemberName::new(name)?;
+        self.member = self.member.name(name)?;
         Ok(self)
     }
 
@@ -120,7 +99,7 @@ impl Options {
     /// # Errors
     /// [`BadOptions::Spec`] if there is no such world.
     pub fn workers(mut self, min: u32, max: u32) -> Result<Options, BadOptions> {
-        self.spec = Spec { min, max, ..self.spec }.checked()?;
+        self.member = self.member.members(min, max)?;
         Ok(self)
     }
 
@@ -129,7 +108,7 @@ impl Options {
     /// # Errors
     /// [`BadOptions::Spec`] if there is no such world.
     pub fn unit(mut self, unit: u32) -> Result<Options, BadOptions> {
-        self.spec = Spec { unit, ..self.spec }.checked()?;
+        self.member.spec = Spec { unit, ..self.member.spec }.checked()?;
         Ok(self)
     }
 
@@ -152,7 +131,7 @@ impl Options {
         if every == 0 {
             return Err(BadOptions::NeverCheckpoints);
         }
-        self.spec = Spec { keep, ..self.spec }.checked()?;
+        self.member.spec = Spec { keep, ..self.member.spec }.checked()?;
         self.checkpoints = Some(Checkpoints { dir: dir.into(), every });
         Ok(self)
     }
@@ -160,21 +139,19 @@ impl Options {
     /// Where this worker's data plane listens, and under which address (`HOST:PORT`, or just `HOST`) others reach it, if
     /// that is another one. By default a free port on loopback: for workers on several machines both must be said.
     pub fn listen(mut self, listen: SocketAddr, advertise: Option<String>) -> Options {
-        self.listen = listen;
-        self.advertise = advertise;
+        self.member = self.member.listen(listen, advertise);
         self
     }
 
     /// How long to try to reach a coordinator, at first and later on when there is nothing to do without one.
     pub fn patience(mut self, joining: Duration, later: Duration) -> Options {
-        self.join_patience = joining;
-        self.patience = later;
+        self.member = self.member.patience(joining, later);
         self
     }
 
     /// Calls `callback`, once and on a thread of its own, when this worker is to leave.
     pub fn on_notice(mut self, callback: impl Fn(Notice) + Send + Sync + 'static) -> Options {
-        self.on_notice = Some(Arc::new(callback));
+        self.member = self.member.on_notice(callback);
         self
     }
 }
@@ -227,7 +204,7 @@ mod tests {
     #[test]
     fn options_that_make_no_sense_say_what_is_wrong() {
         let options = || Options::new("http://127.0.0.1:1, http://127.0.0.1:2", "job", ORDER).unwrap();
-        assert_eq!(options().coordinators, ["http://127.0.0.1:1", "http://127.0.0.1:2"]);
+        assert_eq!(options().member.coordinators, ["http://127.0.0.1:1", "http://127.0.0.1:2"]);
         let bad = |result: Result<Options, BadOptions>| result.err();
         for no_url in ["not a url", "127.0.0.1:7070", "host", "ftp://host", ""] {
             assert_eq!(

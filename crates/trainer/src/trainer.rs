@@ -4,26 +4,26 @@ mod saving;
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use reknit_checkpoint::{Digester, Layout, State, prepare_dir, state_digest};
-use reknit_collectives::{AbortHandle, BreakReason, Broken, ControlWord, Group, Listener, ListenerOptions};
+use reknit_collectives::{AbortHandle, BreakReason, Broken, ControlWord, Group};
 use reknit_membership::holding::{Plan, Resume};
 use reknit_membership::spec::{Shape, Sharding};
 use reknit_membership::world::Place;
-use reknit_membership::{Digest, Generation, Lineage, MemberId, Step as StepNumber};
+use reknit_membership::{Digest, Generation, Lineage, Step as StepNumber};
 
 use crate::error::TrainError;
 use crate::held::Held;
-use crate::hub::{Hub, ToLink, ToProgram, ToSaves};
-use crate::link::{self, Target};
-use crate::options::{Options, advertised};
+use crate::hub::{Hub, Joined, ToLink, ToProgram, ToSaves};
+use crate::link;
+use crate::options::Options;
 use crate::order::DataOrder;
 use crate::restore::{Fetching, RestoreError, fetch, serve};
 use crate::saves::Saves;
-use crate::session::{Directive, End, Identity, Session};
+use crate::session::{Directive, End, Session};
 use crate::step::Step;
 
 /// How often a program that waits looks whether it has waited too long.
@@ -98,47 +98,15 @@ impl Trainer {
                 .map_err(|source| TrainError::CheckpointsDir { dir: wish.dir.clone(), source })?;
         }
         let fresh = state_digest(state, &layout)?;
-        let listen = options.listen;
-        let listener = Listener::bind(listen, ListenerOptions::default())
-            .map_err(|source| TrainError::Listen { listen, source })?;
-        let identity = Identity {
-            name: options.name.clone(),
-            slots: 1,
-            address: advertised(options.advertise.as_deref(), &listener),
-            spec: options.spec,
-            shape: Shape {
-                tensors: layout.shape_digest(),
-                count: layout.specs().len() as u32,
-                bytes: layout.total_bytes(),
-                recipe: recipe(&options),
-                sharding: Sharding::Replicated,
-            },
+        let shape = Shape {
+            tensors: layout.shape_digest(),
+            count: layout.specs().len() as u32,
+            bytes: layout.total_bytes(),
+            recipe: recipe(&options),
+            sharding: Sharding::Replicated,
         };
-        let mut seed = [0; 8];
-        getrandom::fill(&mut seed).map_err(std::io::Error::from)?;
-        let mut drawn = u64::from_le_bytes(seed);
-        let next_id = Box::new(move || {
-            drawn = crate::order::mix(drawn);
-            MemberId(drawn)
-        });
-        let session = Session::new(identity, next_id);
-
-        let (to_link, link_inbox) = tokio::sync::mpsc::unbounded_channel();
-        let (to_program, inbox) = channel();
-        let (to_saves, saves_inbox) = channel();
-        let hub = Hub::new(session, listener, to_link, to_program, to_saves, options.on_notice.clone());
+        let Joined { hub, inbox, saves_inbox, link } = Hub::join(&options.member, shape, None)?;
         let saves_inbox = options.checkpoints.is_some().then_some(saves_inbox);
-        let link = {
-            let hub = Arc::clone(&hub);
-            let to = Target {
-                coordinators: options.coordinators.clone(),
-                credentials: options.credentials.clone(),
-                job: options.job.clone(),
-            };
-            std::thread::Builder::new()
-                .name("reknit-link".to_owned())
-                .spawn(move || link::run(hub, to, link_inbox))?
-        };
         let mut trainer = Trainer {
             options,
             hub,
@@ -170,17 +138,12 @@ impl Trainer {
                 None if attached => return Ok(()),
                 None => {}
             }
-            if began.elapsed() > self.options.join_patience {
-                return Err(self.unreachable(began.elapsed()));
+            if began.elapsed() > self.options.member.join_patience {
+                return Err(self.hub.unreachable(&self.options.member, began.elapsed()));
             }
             // Nothing but news of the session can come before a world does; every message is a reason to look again.
             let _ = self.inbox.recv_timeout(LOOK_EVERY);
         }
-    }
-
-    fn unreachable(&self, waited: Duration) -> TrainError {
-        let coordinators = self.options.coordinators.join(", ");
-        TrainError::Unreachable { coordinators, waited, last: self.hub.trouble() }
     }
 
     /// What other threads can do.
@@ -235,12 +198,7 @@ impl Trainer {
         tracing::info!(how = ?end, "this worker's membership is over");
         self.group = None;
         self.end = Some(end.clone());
-        match end {
-            End::Closed(_) | End::Released | End::Left => Ok(()),
-            End::Refused(refusal) => Err(TrainError::Refused(Box::new(refusal))),
-            End::Rejected { why } => Err(TrainError::Rejected(why)),
-            End::MachineFailed { why } => Err(TrainError::System(std::io::Error::other(why))),
-        }
+        end.into_result().map(|_| ())
     }
 
     /// Waits until there is something to do, and serves others meanwhile.
@@ -252,7 +210,7 @@ impl Trainer {
         let resting_in = generation(&self.hub);
         let (held, layout, hub) = (self.held, &self.layout, &self.hub);
         let inbox = &self.inbox;
-        let patience = self.options.patience;
+        let patience = self.options.member.patience;
         let (began, mut say_at) = (Instant::now(), SAY_AFTER);
         // Ends the serving when this rest does.
         let stop = AbortHandle::new();
@@ -292,7 +250,7 @@ impl Trainer {
             }
         });
         if rested.is_err() {
-            return Err(self.unreachable(self.hub.apart_for()));
+            return Err(self.hub.unreachable(&self.options.member, self.hub.apart_for()));
         }
         // From here on the program may change its state.
         if self.hub.look(Session::directive) != Directive::Wait {
@@ -350,8 +308,8 @@ impl Trainer {
         match self.inbox.recv_timeout(LOOK_EVERY) {
             Ok(ToProgram::Wake | ToProgram::Serve(_)) | Err(_) => {}
         }
-        if self.hub.apart_for() > self.options.patience {
-            return Err(self.unreachable(self.hub.apart_for()));
+        if self.hub.apart_for() > self.options.member.patience {
+            return Err(self.hub.unreachable(&self.options.member, self.hub.apart_for()));
         }
         Ok(())
     }

@@ -13,16 +13,16 @@ use crate::options::{BadOptions, Notice, NoticeCallback, coordinators, default_n
 /// How a launcher joins a job. Made by [`LauncherOptions::new`]; the rest has defaults.
 #[derive(Clone)]
 pub struct LauncherOptions {
-    pub(super) coordinators: Vec<String>,
-    pub(super) credentials: Credentials,
-    pub(super) job: JobId,
-    pub(super) name: MemberName,
-    pub(super) spec: Spec,
-    pub(super) listen: SocketAddr,
-    pub(super) advertise: Option<String>,
-    pub(super) join_patience: Duration,
-    pub(super) patience: Duration,
-    pub(super) on_notice: Option<NoticeCallback>,
+    pub(crate) coordinators: Vec<String>,
+    pub(crate) credentials: Credentials,
+    pub(crate) job: JobId,
+    pub(crate) name: MemberName,
+    pub(crate) spec: Spec,
+    pub(crate) listen: SocketAddr,
+    pub(crate) advertise: Option<String>,
+    pub(crate) join_patience: Duration,
+    pub(crate) patience: Duration,
+    pub(crate) on_notice: Option<NoticeCallback>,
 }
 
 impl LauncherOptions {

@@ -25,13 +25,13 @@ impl Trainer {
     pub(super) fn checkpoints_dir(&self) -> Option<PathBuf> {
         let wish = self.options.checkpoints.as_ref()?;
         let history = self.hub.look(Session::history).unwrap_or_default();
-        Some(saves::directory(&wish.dir, &self.options.job, history))
+        Some(saves::directory(&wish.dir, &self.options.member.job, history))
     }
 
     /// Makes ready for checkpoints. Where they cannot be written now, they may be later: training goes on without.
     pub(super) fn prepare_saves(&mut self) {
         let Some(dir) = self.checkpoints_dir().filter(|_| self.saves.is_none()) else { return };
-        let (job, layout) = (self.options.job.clone(), self.layout.clone());
+        let (job, layout) = (self.options.member.job.clone(), self.layout.clone());
         saves::warn_of_others(&dir, &job);
         match Saves::start(&self.hub, dir, job, layout, &mut self.saves_inbox) {
             Ok(saves) => self.saves = Some(saves),
@@ -90,7 +90,7 @@ impl Trainer {
         world_size: WorldSize,
         step: StepNumber,
     ) -> SaveMeta {
-        let (job, lineage) = (self.options.job.clone(), self.lineage());
+        let (job, lineage) = (self.options.member.job.clone(), self.lineage());
         SaveMeta { job, step, lineage, generation, rank, world_size }
     }
 
