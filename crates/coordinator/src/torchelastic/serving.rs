@@ -270,10 +270,7 @@ impl Serving {
     fn serve(&mut self, token: Token, ends: bool, buffer: &mut [u8], scratch: &mut Scratch) {
         for _ in 0..READS_IN_A_ROW {
             let Some(connection) = self.connections.get_mut(&token) else { return };
-            let unread = connection.unread();
-            let flushed = connection.flush();
-            self.unread = self.unread - unread + connection.unread();
-            if flushed.is_err() {
+            if counted(&mut self.unread, connection, Connection::flush).is_err() {
                 return self.close(token, scratch);
             }
             if !connection.is_flushed() {
@@ -422,9 +419,7 @@ impl Serving {
             if !scratch.reply.is_empty()
                 && let Some(connection) = self.connections.get_mut(&token)
             {
-                let unread = connection.unread();
-                let sent = connection.send(&scratch.reply);
-                self.unread = self.unread - unread + connection.unread();
+                let sent = counted(&mut self.unread, connection, |it| it.send(&scratch.reply));
                 sent.map_err(|why| CutOff { peer, text: why.to_string() })?;
             }
             if !scratch.woken.is_empty() {
@@ -437,10 +432,8 @@ impl Serving {
     fn wake(&mut self, scratch: &mut Scratch) {
         for woken in scratch.woken.drain(..) {
             if let Some(connection) = self.connections.get_mut(&Token(woken.0 as usize)) {
-                let unread = connection.unread();
                 // Whatever is wrong with it, its own event will tell.
-                let _ = connection.send(&[wire::STOP_WAITING]);
-                self.unread = self.unread - unread + connection.unread();
+                let _ = counted(&mut self.unread, connection, |it| it.send(&[wire::STOP_WAITING]));
             }
         }
     }
@@ -584,4 +577,16 @@ const REFUSED_MAX: usize = 1024;
 
 fn since_epoch(now: Timestamp) -> Duration {
     Duration::from_micros(now.0)
+}
+
+/// Writes to a connection, and keeps count of what all of them have not read.
+fn counted(
+    unread: &mut usize,
+    connection: &mut Connection,
+    write: impl FnOnce(&mut Connection) -> io::Result<()>,
+) -> io::Result<()> {
+    *unread -= connection.unread();
+    let written = write(connection);
+    *unread += connection.unread();
+    written
 }
