@@ -89,16 +89,8 @@ fn in_use(listen: SocketAddr, why: std::io::Error) -> Failure {
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let places = Arc::new(Semaphore::new(AGENTS_MAX));
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(why) => {
-                tracing::warn!(error = %why, "a connection could not be accepted");
-                // There are no descriptors; some may come free.
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+        let (stream, place) = client::accept(&listener, &places).await;
+        let Some(place) = place else {
             tracing::warn!(limit = AGENTS_MAX, "one agent too many is turned away");
             continue;
         };

@@ -21,7 +21,7 @@ use crate::state::StateError;
 use crate::wire::{Request, put_text};
 
 /// What every key of a run begins with.
-const PREFIX: &str = "/torch.rendezvous.";
+pub const PREFIX: &str = "/torch.rendezvous.";
 
 /// How many runs there may be at once, and how many that are over are remembered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -587,10 +587,12 @@ struct Answer<'a> {
 }
 
 /// Where agents count those whose workers have ended with success.
-const TERMINAL: &str = "torchelastic/agent/terminal_state/num_members";
+pub const TERMINAL: &str = "torchelastic/agent/terminal_state/num_members";
 
-const MASTER_ADDR: &str = "MASTER_ADDR";
-const MASTER_PORT: &str = "MASTER_PORT";
+/// Under which host the workers of a round meet.
+pub const MASTER_ADDR: &str = "MASTER_ADDR";
+/// At which port they do.
+pub const MASTER_PORT: &str = "MASTER_PORT";
 
 /// Whether agents write keys of that name in a round.
 fn is_written_by_agents(name: &str) -> bool {

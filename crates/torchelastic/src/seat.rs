@@ -7,7 +7,7 @@
 //!
 //! Of the other agents nothing but their number matters to it: stand-ins take their places.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::state::{Agent, Instant, SENTINEL, State, StateError};
@@ -73,17 +73,8 @@ impl Seat {
     pub fn shown(&self, now_us: i64) -> Vec<u8> {
         let (Some(template), Some(agent)) = (&self.template, &self.agent) else { return SENTINEL.to_vec() };
         let now = Instant { unix_us: now_us, is_aware: self.is_aware };
-        let mut state = State {
-            round: self.round,
-            complete: false,
-            deadline: Some(now.after(NEVER)),
-            closed: self.closed,
-            participants: BTreeMap::new(),
-            wait_list: BTreeSet::new(),
-            redundancy_list: template.redundancy_list.as_ref().map(|_| BTreeSet::new()),
-            last_heartbeats: BTreeMap::new(),
-            ..template.clone()
-        };
+        let mut state = template.clone().emptied();
+        (state.round, state.closed, state.deadline) = (self.round, self.closed, Some(now.after(NEVER)));
         let others = |count: u32| (0..count).map(|number| stand_in(i64::from(number)));
         match self.stage {
             Stage::Out => {}

@@ -64,8 +64,7 @@ pub struct State {
     pub last_heartbeats: BTreeMap<Agent, Instant>,
     /// What else a later release puts there: plain data, kept as it is.
     pub others: Vec<(String, Value)>,
-    /// The pickle protocol in which it was written.
-    pub protocol: u8,
+    protocol: u8,
 }
 
 /// Why a value is no state.
@@ -142,6 +141,21 @@ impl State {
         match needed.iter().all(|name| seen.contains(*name)) {
             true => Ok(state),
             false => Err(StateError::Nonsense("an attribute is missing")),
+        }
+    }
+
+    /// The same with nobody in it, neither complete nor closed: in the form in which it was read, and with what else is there.
+    #[must_use]
+    pub fn emptied(self) -> State {
+        State {
+            complete: false,
+            deadline: None,
+            closed: false,
+            participants: BTreeMap::new(),
+            wait_list: BTreeSet::new(),
+            redundancy_list: self.redundancy_list.map(|_| BTreeSet::new()),
+            last_heartbeats: BTreeMap::new(),
+            ..self
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use reknit_torchelastic::rendezvous::{MASTER_ADDR, MASTER_PORT, PREFIX, TERMINAL};
 use reknit_torchelastic::seat::{Seat, Wish};
 use reknit_torchelastic::state::Agent;
 use reknit_torchelastic::wire::{self, Request};
@@ -16,13 +17,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::client::{greet, greeted};
+use super::client::{accept, greet, greeted};
 use super::place::{News, Order, Place, options};
 use super::{Shared, store};
 
-const PREFIX: &[u8] = b"/torch.rendezvous.";
-/// With this key an agent whose workers have all ended well enters torchrun's last barrier.
-const AT_THE_END: &str = "/torchelastic/agent/terminal_state";
 /// How long the store of a world may take to answer a connection.
 const CONNECT: Duration = Duration::from_secs(10);
 /// How much of the store's answers is taken at once.
@@ -35,7 +33,7 @@ enum Then {
     /// Answer with this, which may be nothing.
     Answer(Vec<u8>),
     /// Pass it on as it is.
-    PassOn(Vec<u8>),
+    PassOn,
     /// The connection makes no sense.
     Refuse(String),
 }
@@ -107,7 +105,7 @@ impl Relayed<'_> {
         loop {
             // Each of these can be dropped half way without losing anything.
             tokio::select! {
-                asked = requests.next(|request| encoded(&request)) => {
+                asked = requests.next(|_, bytes| bytes.to_vec()) => {
                     let Some(bytes) = asked? else { return Ok(()) };
                     self.asked(&bytes, writer).await?;
                 }
@@ -129,10 +127,10 @@ impl Relayed<'_> {
     async fn asked(&mut self, bytes: &[u8], writer: &mut OwnedWriteHalf) -> io::Result<()> {
         let parsed = wire::parse(bytes, &self.shared.limits).map_err(io::Error::other)?;
         let wire::Parsed::Whole(request, _) = parsed else { return Ok(()) };
-        match self.decide(request, bytes) {
+        match self.decide(request) {
             Then::Answer(reply) => writer.write_all(&reply).await,
-            Then::PassOn(bytes) => match &mut self.upstream {
-                Some(upstream) => upstream.write_all(&bytes).await,
+            Then::PassOn => match &mut self.upstream {
+                Some(upstream) => upstream.write_all(bytes).await,
                 None => {
                     let why = "it asks for what other agents say, and is in no world";
                     Err(io::Error::other(why))
@@ -142,7 +140,7 @@ impl Relayed<'_> {
         }
     }
 
-    fn decide(&mut self, request: Request<'_>, bytes: &[u8]) -> Then {
+    fn decide(&mut self, request: Request<'_>) -> Then {
         match request {
             Request::Ping { nonce } => return Then::Answer(nonce.to_le_bytes().to_vec()),
             Request::CancelWait if !self.waits_upstream => return Then::Answer(vec![wire::WAIT_CANCELED]),
@@ -150,12 +148,12 @@ impl Relayed<'_> {
         }
         let key = request.first_key().unwrap_or_default();
         let is_wait = matches!(request, Request::Wait { .. } | Request::Barrier { .. });
-        match key.strip_prefix(PREFIX) {
+        match key.strip_prefix(PREFIX.as_bytes()) {
             Some(run) if !run.contains(&b'/') => {
                 self.waits_upstream &= !is_wait;
                 self.of_the_state(request, run)
             }
-            Some(name) if name.ends_with(b"/MASTER_ADDR") || name.ends_with(b"/MASTER_PORT") => {
+            Some(name) if is_of(name, MASTER_ADDR) || is_of(name, MASTER_PORT) => {
                 self.waits_upstream &= !is_wait;
                 Then::Answer(self.where_workers_meet(request, name))
             }
@@ -163,8 +161,9 @@ impl Relayed<'_> {
                 if is_wait {
                     self.waits_upstream = true;
                 }
-                self.at_the_end |= String::from_utf8_lossy(key).contains(AT_THE_END);
-                Then::PassOn(bytes.to_vec())
+                // An agent whose workers have all ended well enters torchrun's last barrier with this key.
+                self.at_the_end |= is_of(key, TERMINAL);
+                Then::PassOn
             }
         }
     }
@@ -207,7 +206,7 @@ impl Relayed<'_> {
     fn where_workers_meet(&self, request: Request<'_>, name: &[u8]) -> Vec<u8> {
         let mut reply = Vec::new();
         match request {
-            Request::Get { .. } if name.ends_with(b"ADDR") => wire::put_text(&mut reply, b"127.0.0.1"),
+            Request::Get { .. } if is_of(name, MASTER_ADDR) => wire::put_text(&mut reply, b"127.0.0.1"),
             Request::Get { .. } => wire::put_text(&mut reply, self.workers.to_string().as_bytes()),
             Request::Wait { .. } => reply.push(wire::STOP_WAITING),
             Request::Check { .. } => reply.push(wire::READY),
@@ -293,10 +292,9 @@ impl Relayed<'_> {
     }
 }
 
-fn encoded(request: &Request<'_>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    request.encode(&mut bytes);
-    bytes
+/// Whether a key of a round ends with that name.
+fn is_of(key: &[u8], name: &str) -> bool {
+    key.strip_suffix(name.as_bytes()).is_some_and(|round| round.ends_with(b"/"))
 }
 
 /// What the store says next; never, if there is none.
@@ -320,15 +318,7 @@ async fn connect(store: SocketAddr) -> io::Result<TcpStream> {
 async fn pass_workers_on(listener: TcpListener, store: watch::Receiver<Option<SocketAddr>>) {
     let places = Arc::new(Semaphore::new(WORKERS_MAX));
     loop {
-        let mut worker = match listener.accept().await {
-            Ok((worker, _)) => worker,
-            Err(why) => {
-                tracing::warn!(error = %why, "a worker's connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
+        let (mut worker, Some(place)) = accept(&listener, &places).await else { continue };
         // Workers are only started in a world.
         let Some(store) = *store.borrow() else { continue };
         tokio::spawn(async move {

@@ -1,15 +1,36 @@
 //! One connection of a client of PyTorch's TCPStore protocol: whole requests out of bytes.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use reknit_torchelastic::wire::{self, MAGIC, Parsed, Request, WireLimits};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// How long a client may take to show what it speaks.
 const FIRST_BYTES: Duration = Duration::from_secs(5);
+
+/// How long is waited when a connection cannot be accepted: there are no descriptors, and some may come free.
+const CROWDED: Duration = Duration::from_millis(100);
+
+/// The next connection, and a place for it if there is one left. It gives the place back by dropping it.
+pub(super) async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return (stream, Arc::clone(places).try_acquire_owned().ok()),
+            Err(why) => {
+                tracing::warn!(error = %why, "a connection could not be accepted");
+                tokio::time::sleep(CROWDED).await;
+            }
+        }
+    }
+}
 
 /// The reading half.
 pub(super) struct Requests {
@@ -31,7 +52,7 @@ pub(super) async fn greeted(stream: TcpStream, limits: WireLimits) -> io::Result
     let mut requests = Requests { stream, limits, buffer: Vec::new(), used: 0 };
     let greeting = tokio::time::timeout(
         FIRST_BYTES,
-        requests.next(|request| match request {
+        requests.next(|request, _| match request {
             Request::Validate { magic: MAGIC } => Ok(()),
             _ => Err(bad("it does not speak the protocol of PyTorch 2.2 or later")),
         }),
@@ -45,8 +66,11 @@ pub(super) async fn greeted(stream: TcpStream, limits: WireLimits) -> io::Result
 }
 
 impl Requests {
-    /// What `look` makes of the next request; nothing if the client has gone. Nothing is lost if it is dropped half way.
-    pub(super) async fn next<T>(&mut self, look: impl FnOnce(Request<'_>) -> T) -> io::Result<Option<T>> {
+    /// What `look` makes of the next request and of its bytes; nothing if the client has gone. Nothing is lost if it is dropped half way.
+    pub(super) async fn next<T>(
+        &mut self,
+        look: impl FnOnce(Request<'_>, &[u8]) -> T,
+    ) -> io::Result<Option<T>> {
         self.buffer.drain(..self.used);
         self.used = 0;
         let mut needs = 1;
@@ -55,7 +79,7 @@ impl Requests {
                 match wire::parse(&self.buffer, &self.limits).map_err(bad)? {
                     Parsed::Whole(request, bytes) => {
                         self.used = bytes;
-                        return Ok(Some(look(request)));
+                        return Ok(Some(look(request, &self.buffer[..bytes])));
                     }
                     Parsed::Needs(bytes) => needs = bytes,
                 }

@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use super::client::greeted;
+use super::client::{accept, greeted};
 
 /// How many clients one store takes.
 const CLIENTS_MAX: usize = 16_384;
@@ -52,15 +52,7 @@ pub(super) async fn serve(listener: StdListener, limits: WireLimits) -> io::Resu
     let mut next = 0;
     loop {
         while clients.try_join_next().is_some() {}
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(why) => {
-                tracing::warn!(error = %why, "a connection to the store of a world could not be accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
+        let (stream, Some(place)) = accept(&listener, &places).await else { continue };
         next += 1;
         let (shared, id) = (Arc::clone(&shared), ConnectionId(next));
         clients.spawn(async move {
@@ -81,7 +73,7 @@ async fn client(stream: TcpStream, shared: &Shared, id: ConnectionId) -> io::Res
     shared.lock().clients.insert(id, replies.clone());
     let reads = async {
         loop {
-            let asked = requests.next(|request| {
+            let asked = requests.next(|request, _| {
                 let mut inside = shared.lock();
                 let (mut reply, mut woken) = (Vec::new(), Vec::new());
                 let asked = inside.kv.request(id, request, &mut reply, &mut woken);

@@ -39,18 +39,12 @@ impl Torch {
         let line = first.split(|byte| *byte == b'\n').find_map(|line| {
             line.split(|byte| *byte == b' ').rev().find_map(|word| State::decode(word).ok())
         });
-        let state = line.expect("a state");
-        State {
-            round: 0,
-            complete: false,
-            deadline: None,
-            closed: false,
-            participants: BTreeMap::new(),
-            wait_list: BTreeSet::new(),
-            redundancy_list: self.has_spares.then(BTreeSet::new),
-            last_heartbeats: BTreeMap::new(),
-            ..state
+        let mut state = line.expect("a state").emptied();
+        state.round = 0;
+        if !self.has_spares {
+            state.redundancy_list = None;
         }
+        state
     }
 
     fn write(&self, seat: &mut Seat, mut state: State) -> Looked {
