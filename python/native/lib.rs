@@ -88,9 +88,12 @@ fn in_slices<T: Send>(
 }
 
 impl Launcher {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<std::sync::Arc<reknit_trainer::Launcher>>> {
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     fn get(&self) -> PyResult<std::sync::Arc<reknit_trainer::Launcher>> {
-        let inner = self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        inner.clone().ok_or_else(|| bad("this node has left the job"))
+        self.lock().clone().ok_or_else(|| bad("this node has left the job"))
     }
 }
 
@@ -210,7 +213,7 @@ impl Launcher {
 
     /// Leaves the job.
     fn leave(&self, py: Python<'_>) {
-        let left = self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let left = self.lock().take();
         py.detach(|| drop(left));
     }
 }

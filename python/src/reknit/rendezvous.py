@@ -26,6 +26,7 @@ import time
 from datetime import timedelta
 from importlib import import_module
 from types import FrameType
+from typing import NoReturn
 
 from torch import __version__ as _torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -157,7 +158,7 @@ class ReknitHandler(RendezvousHandler):
             except _native.JobClosed as why:
                 raise RendezvousClosedError(f"{why}; `reknit forget {self._run_id}` makes its id free again") from None
             except _native.JobCompleted as why:
-                return self._is_over(str(why))
+                self._is_over(str(why))
             except _native.Released as why:
                 raise _goes(str(why))
             if world is not None:
@@ -170,7 +171,7 @@ class ReknitHandler(RendezvousHandler):
             # One node too many for the world that runs: it is needed when another one goes.
             until = time.monotonic() + self._options.join_timeout
 
-    def _is_over(self, why: str) -> _native.World:
+    def _is_over(self, why: str) -> NoReturn:
         if self._had_world:
             raise RendezvousClosedError(why)
         # It waited for a place, and was not needed.
