@@ -171,19 +171,13 @@ class Fleet:
         raise AssertionError(f"waited {patience} s for {what}; events: {self.events()[-10:]}")
 
     def end(self, patience=PATIENCE):
-        """Ends the job as a job ends: the workers exit with success. Returns the agents' exit codes.
-
-        They train for a while before: a process of PyTorch's that ends in the very moment in which it has begun may abort ("terminate
-        called without an active exception", exit code -6), whatever it was started by. Its agent then begins anew, while others whose
-        workers have ended wait for it for five minutes.
-        """
-        begun = max(line["at"] for line in self.events("first"))
-        self.eventually(lambda: self.events("step", begun), "steps before the end")
+        """Ends the job as a job ends: the workers exit with success. Returns the agents' exit codes."""
         open(self.over, "w").close()
         codes = {}
         for agent in self.agents.values():
             if agent.process.returncode is None:
-                codes[agent.name] = agent.process.wait(patience)
+                self.eventually(lambda: agent.process.poll() is not None, f"the end of {agent.name}", patience)
+                codes[agent.name] = agent.process.returncode
         return codes
 
     def close(self, keep=False):
