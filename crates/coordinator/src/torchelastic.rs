@@ -16,6 +16,7 @@
 //! The protocol knows neither tokens nor encryption. The endpoint is off by default, and an address that others can reach needs a list
 //! of the networks that may connect.
 
+mod complaints;
 mod connection;
 mod serving;
 mod view;
@@ -70,6 +71,8 @@ pub struct ClientLimits {
     pub wire: WireLimits,
     /// One store.
     pub kv: KvLimits,
+    /// Bytes that all stores hold together: that of agents, and each run's of workers.
+    pub stored_bytes: usize,
     /// Runs.
     pub runs: RunLimits,
 }
@@ -84,6 +87,7 @@ impl Default for ClientLimits {
             pending_bytes: 256 << 20,
             wire: WireLimits::default(),
             kv: KvLimits::default(),
+            stored_bytes: 1 << 30,
             runs: RunLimits::default(),
         }
     }

@@ -208,13 +208,18 @@ async fn e4_a_request_in_pieces_is_carried_out_once_it_is_whole() {
 #[tokio::test(flavor = "multi_thread")]
 async fn e7_connections_half_sent_requests_and_what_is_stored_have_limits() {
     let kv = KvLimits { bytes: 1000, ..KvLimits::default() };
-    let limits = ClientLimits { connections: 4, pending_bytes: 100_000, kv, ..ClientLimits::default() };
+    let some = ClientLimits { connections: 4, pending_bytes: 100_000, ..ClientLimits::default() };
+    let limits = ClientLimits { kv, stored_bytes: 900, ..some };
     let server = start(limits).await;
     let mut other = Client::new(&server);
     assert!(other.is_served());
     // More than the store may hold.
     let mut greedy = Client::new(&server);
     greedy.set("/k", &[0; 2000]);
+    assert!(greedy.ends());
+    // More than all may hold together.
+    let mut greedy = Client::new(&server);
+    greedy.set("/k", &[0; 850]);
     assert!(greedy.ends());
     // More than may be half sent.
     let mut half = Client::new(&server);

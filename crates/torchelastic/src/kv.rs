@@ -3,9 +3,13 @@
 //! It is a function of what is asked of it: it gives the bytes to reply, and who else is to be woken. It behaves as PyTorch's
 //! libuv server does, with the differences that `tests/torchelastic/conformance.py` lists.
 
+mod total;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::wire::{self, Keys, Request, put_number, put_text};
+use total::Share;
+pub use total::Total;
 
 /// Names a connection, as long as it is open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,6 +34,9 @@ impl Default for KvLimits {
     }
 }
 
+/// About what an entry takes beside its bytes: its place in a table, and two allocations.
+const ENTRY_BYTES: usize = 96;
+
 /// Why a request cannot be carried out: the connection is cut off, for the protocol has no other way to say so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -43,6 +50,12 @@ pub enum KvError {
         /// The limit on entries.
         entries: usize,
         /// The limit on bytes.
+        bytes: usize,
+    },
+    /// All stores would hold more than they may.
+    #[error("the stores would hold more than they may ({bytes} bytes together)")]
+    AllFull {
+        /// The limit.
         bytes: usize,
     },
     /// A value would be longer than it may.
@@ -77,6 +90,7 @@ pub struct KvStore {
     queued: usize,
     awaited_keys: usize,
     bytes: usize,
+    share: Share,
     is_for_workers: bool,
 }
 
@@ -87,9 +101,9 @@ enum Wait {
 }
 
 impl KvStore {
-    /// An empty store.
-    pub fn new(limits: KvLimits) -> KvStore {
-        KvStore { limits, ..KvStore::default() }
+    /// An empty store, with a share in what several may hold.
+    pub fn new(limits: KvLimits, total: &Total) -> KvStore {
+        KvStore { limits, share: Share::of(total), ..KvStore::default() }
     }
 
     /// An empty store for the workers of one round.
@@ -97,8 +111,8 @@ impl KvStore {
     /// PyTorch 2.5 puts the number of an agent's restarts before the keys of its workers. Agents count for themselves, and one whose
     /// workers have failed counts more than one that was told to begin anew: their workers would never meet. In a store that is
     /// emptied at every round that number has no use, and is passed over.
-    pub fn for_workers(limits: KvLimits) -> KvStore {
-        KvStore { is_for_workers: true, ..KvStore::new(limits) }
+    pub fn for_workers(limits: KvLimits, total: &Total) -> KvStore {
+        KvStore { is_for_workers: true, ..KvStore::new(limits, total) }
     }
 
     /// The name under which a key is kept.
@@ -118,14 +132,26 @@ impl KvStore {
         reply: &mut Vec<u8>,
         woken: &mut Vec<ConnectionId>,
     ) -> Result<(), KvError> {
+        let done = self.carry_out(from, request, reply, woken);
+        self.count();
+        done
+    }
+
+    fn carry_out(
+        &mut self,
+        from: ConnectionId,
+        request: Request<'_>,
+        reply: &mut Vec<u8>,
+        woken: &mut Vec<ConnectionId>,
+    ) -> Result<(), KvError> {
         match request.with_key(|key| self.named(key)) {
             Request::Validate { .. } => return Err(KvError::Greeting),
             Request::Ping { nonce } => reply.extend_from_slice(&nonce.to_le_bytes()),
-            Request::Set { key, value } => self.set(key, value, woken)?,
+            Request::Set { key, value } => self.put(key, value.to_vec(), woken)?,
             Request::Append { key, value } => self.append(key, value, woken)?,
             Request::MultiSet { pairs } => {
                 for (key, value) in pairs {
-                    self.set(self.named(key), value, woken)?;
+                    self.put(self.named(key), value.to_vec(), woken)?;
                 }
             }
             Request::CompareSet { key, expected, desired } => {
@@ -142,7 +168,7 @@ impl KvStore {
                     }
                 }
             }
-            Request::Delete { key } => put_number(reply, i64::from(self.remove(key))),
+            Request::Delete { key } => put_number(reply, i64::from(self.take(key))),
             Request::CountKeys => put_number(reply, self.values.len() as i64),
             Request::ListKeys => {
                 put_number(reply, self.values.len() as i64);
@@ -159,7 +185,7 @@ impl KvStore {
             }
             Request::Wait { keys } => self.wait(from, keys, reply)?,
             Request::CancelWait => {
-                self.forget(from);
+                self.end_wait(from);
                 reply.push(wire::WAIT_CANCELED);
             }
             Request::QueuePush { key, value } => self.push(key, value, woken)?,
@@ -181,7 +207,7 @@ impl KvStore {
     pub fn clear(&mut self, which: impl Fn(&[u8]) -> bool) {
         let keys: Vec<Box<[u8]>> = self.values.keys().filter(|key| which(key)).cloned().collect();
         for key in keys {
-            self.remove(&key);
+            self.take(&key);
         }
         let queues: Vec<Box<[u8]>> = self.queues.keys().filter(|name| which(name)).cloned().collect();
         for name in queues {
@@ -189,28 +215,32 @@ impl KvStore {
             self.queued -= queue.len();
             self.bytes -= name.len() + queue.iter().map(Vec::len).sum::<usize>();
         }
+        self.count();
     }
 
     /// Replaces a value.
     ///
     /// # Errors
-    /// [`KvError::Full`] if there is no room for it.
+    /// [`KvError::Full`] or [`KvError::AllFull`] if there is no room for it.
     pub fn set(&mut self, key: &[u8], value: &[u8], woken: &mut Vec<ConnectionId>) -> Result<(), KvError> {
-        self.put(key, value.to_vec(), woken)
+        let done = self.put(key, value.to_vec(), woken);
+        self.count();
+        done
     }
 
     fn put(&mut self, key: &[u8], value: Vec<u8>, woken: &mut Vec<ConnectionId>) -> Result<(), KvError> {
-        match self.values.get_mut(key) {
+        match self.values.get(key).map(Vec::len) {
             Some(now) => {
-                let bytes = self.bytes - now.len() + value.len();
-                if bytes > self.limits.bytes && value.len() > now.len() {
-                    return Err(self.full());
+                if value.len() > now {
+                    self.may_grow(0, value.len() - now)?;
                 }
-                self.bytes = bytes;
-                *now = value;
+                self.bytes = self.bytes - now + value.len();
+                if let Some(now) = self.values.get_mut(key) {
+                    *now = value;
+                }
             }
             None => {
-                self.make_room(key.len() + value.len())?;
+                self.grow(1, key.len() + value.len())?;
                 self.values.insert(key.into(), value);
                 // Who waits for a key does so only as long as it is not there.
                 self.wake_all(key, woken);
@@ -220,16 +250,16 @@ impl KvStore {
     }
 
     fn append(&mut self, key: &[u8], more: &[u8], woken: &mut Vec<ConnectionId>) -> Result<(), KvError> {
-        let full = self.full();
-        let Some(now) = self.values.get_mut(key) else { return self.set(key, more, woken) };
-        if now.len() + more.len() > self.limits.value_bytes {
+        let Some(now) = self.values.get(key).map(Vec::len) else {
+            return self.put(key, more.to_vec(), woken);
+        };
+        if now + more.len() > self.limits.value_bytes {
             return Err(KvError::LongValue { limit: self.limits.value_bytes });
         }
-        if self.bytes + more.len() > self.limits.bytes {
-            return Err(full);
+        self.grow(0, more.len())?;
+        if let Some(value) = self.values.get_mut(key) {
+            value.extend_from_slice(more);
         }
-        self.bytes += more.len();
-        now.extend_from_slice(more);
         Ok(())
     }
 
@@ -238,16 +268,32 @@ impl KvStore {
         self.values.len() + self.queued + self.awaited_keys
     }
 
-    /// Whether a value of so many bytes could be stored under a key.
-    pub fn has_room(&self, key: &[u8], bytes: usize) -> bool {
-        (self.entries() < self.limits.entries || self.values.contains_key(key))
-            && self.bytes + key.len() + bytes <= self.limits.bytes
+    /// Counts what it holds now towards what all stores hold.
+    fn count(&mut self) {
+        self.share.set(self.bytes + ENTRY_BYTES * self.entries());
     }
 
-    fn make_room(&mut self, bytes: usize) -> Result<(), KvError> {
-        if self.entries() >= self.limits.entries || self.bytes + bytes > self.limits.bytes {
+    /// Whether a value of so many bytes could be stored under a key.
+    pub fn has_room(&self, key: &[u8], bytes: usize) -> bool {
+        let entries = usize::from(!self.values.contains_key(key));
+        self.may_grow(entries, key.len() + bytes).is_ok()
+    }
+
+    /// Whether it could hold so much more.
+    fn may_grow(&self, entries: usize, bytes: usize) -> Result<(), KvError> {
+        let (entries, bytes) = (self.entries() + entries, self.bytes + bytes);
+        if entries > self.limits.entries || bytes > self.limits.bytes {
             return Err(self.full());
         }
+        if !self.share.has_room(bytes + ENTRY_BYTES * entries) {
+            return Err(KvError::AllFull { bytes: self.share.limit() });
+        }
+        Ok(())
+    }
+
+    /// Makes room for so much more. The entries are counted where they are put.
+    fn grow(&mut self, entries: usize, bytes: usize) -> Result<(), KvError> {
+        self.may_grow(entries, bytes)?;
         self.bytes += bytes;
         Ok(())
     }
@@ -258,6 +304,12 @@ impl KvStore {
 
     /// Removes a key. True if it was there.
     pub fn remove(&mut self, key: &[u8]) -> bool {
+        let removed = self.take(key);
+        self.count();
+        removed
+    }
+
+    fn take(&mut self, key: &[u8]) -> bool {
         let removed = self.values.remove(key);
         if let Some(value) = &removed {
             self.bytes -= key.len() + value.len();
@@ -280,7 +332,7 @@ impl KvStore {
             None => return Ok(expected),
         };
         if matches {
-            self.set(key, desired, woken)?;
+            self.put(key, desired.to_vec(), woken)?;
         }
         Ok(self.get(key).unwrap_or_default())
     }
@@ -299,7 +351,7 @@ impl KvStore {
 
     fn wait(&mut self, from: ConnectionId, keys: Keys<'_>, reply: &mut Vec<u8>) -> Result<(), KvError> {
         // A client has one wait at a time.
-        self.forget(from);
+        self.end_wait(from);
         if keys.into_iter().all(|key| self.is_there(self.named(key))) {
             reply.push(wire::STOP_WAITING);
             return Ok(());
@@ -307,8 +359,9 @@ impl KvStore {
         let names = keys.map(|key| self.named(key));
         let missing: HashSet<Box<[u8]>> = names.filter(|key| !self.is_there(key)).map(Into::into).collect();
         let bytes: usize = missing.iter().map(|key| key.len()).sum();
+        self.may_grow(missing.len(), 0)?;
         // Each is kept twice. What is waited for is little, or somebody means ill.
-        if self.entries() + missing.len() > self.limits.entries || bytes > self.limits.value_bytes / 8 {
+        if bytes > self.limits.value_bytes / 8 {
             return Err(self.full());
         }
         self.awaited_keys += missing.len();
@@ -321,7 +374,7 @@ impl KvStore {
 
     fn push(&mut self, key: &[u8], value: &[u8], woken: &mut Vec<ConnectionId>) -> Result<(), KvError> {
         let is_new = !self.queues.contains_key(key);
-        self.make_room(value.len() + if is_new { key.len() } else { 0 })?;
+        self.grow(1, value.len() + if is_new { key.len() } else { 0 })?;
         self.queued += 1;
         match self.queues.get_mut(key) {
             Some(queue) => queue.push_back(value.to_vec()),
@@ -369,8 +422,8 @@ impl KvStore {
             }
             return Ok(());
         }
-        self.forget(from);
-        self.make_room(0)?;
+        self.end_wait(from);
+        self.may_grow(1, 0)?;
         self.awaited_keys += 1;
         self.gathered.entry(key.into()).or_default().push(from);
         self.waits.insert(from, Wait::Barrier(key.into()));
@@ -409,6 +462,11 @@ impl KvStore {
 
     /// The connection waits for nothing any more: it took its wait back, or is closed.
     pub fn forget(&mut self, connection: ConnectionId) {
+        self.end_wait(connection);
+        self.count();
+    }
+
+    fn end_wait(&mut self, connection: ConnectionId) {
         match self.waits.remove(&connection) {
             None => {}
             Some(Wait::Keys(keys)) => {

@@ -11,14 +11,16 @@
 //! Agents of PyTorch 2.5 tell their workers to meet in the agents' own store, and workers do not say of which run they are. They are
 //! known by where they come from: a run that has an agent at the same address.
 
+mod error;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::kv::{ConnectionId, KvError, KvLimits, KvStore, WORKER_PREFIX};
+use crate::kv::{ConnectionId, KvError, KvLimits, KvStore, Total, WORKER_PREFIX};
 use crate::run::{Repairs, Run, Written};
-use crate::state::StateError;
 use crate::wire::{Request, put_text};
+pub use error::RequestError;
 
 /// What every key of a run begins with.
 pub const PREFIX: &str = "/torch.rendezvous.";
@@ -68,55 +70,6 @@ pub enum Effect {
     Forgotten(String),
 }
 
-/// Why a request is not carried out: the connection is cut off.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum RequestError {
-    /// The store cannot do it.
-    #[error(transparent)]
-    Kv(#[from] KvError),
-    /// What was to be stored as the state of a run is none.
-    #[error("run {run:?}: {why}")]
-    State {
-        /// Which run.
-        run: String,
-        /// Why not.
-        why: StateError,
-    },
-    /// The state of a run is changed by compare-and-set alone.
-    #[error("run {run:?}: its state is changed by compare-and-set alone")]
-    NotLikeThis {
-        /// Which run.
-        run: String,
-    },
-    /// A worker of PyTorch 2.5 does not say of which run it is, and it cannot be told.
-    #[error(
-        "a worker of PyTorch 2.5 comes from an address at which {runs} runs have agents; use a newer release, or an endpoint for each"
-    )]
-    WhoseWorker {
-        /// How many.
-        runs: usize,
-    },
-    /// A key of a run that there is not.
-    #[error("there is no run {run:?} that this key could be of")]
-    NoRun {
-        /// Its id.
-        run: String,
-    },
-    /// A connection of one run's agent turns to another run.
-    #[error("an agent is of one run, and this one is of another than {run:?}")]
-    OtherRun {
-        /// The other one.
-        run: String,
-    },
-    /// There are as many runs as there may be.
-    #[error("there are {limit} runs, and no more may be")]
-    TooManyRuns {
-        /// The limit.
-        limit: usize,
-    },
-}
-
 /// The store behind one port.
 #[derive(Debug)]
 pub struct Rendezvous {
@@ -130,6 +83,7 @@ pub struct Rendezvous {
     workers: HashMap<ConnectionId, String>,
     repairs: Repairs,
     kv_limits: KvLimits,
+    total: Total,
     limits: RunLimits,
     advertise: Option<String>,
 }
@@ -167,17 +121,24 @@ enum Owner {
 }
 
 impl Rendezvous {
-    /// An empty one. Workers are told `advertise` as the host of their store, or else the address that their agent has
-    /// reached us by.
-    pub fn new(repairs: Repairs, kv: KvLimits, limits: RunLimits, advertise: Option<String>) -> Rendezvous {
+    /// An empty one, which has a share in what several stores may hold. Workers are told `advertise` as the host of their store,
+    /// or else the address that their agent has reached us by.
+    pub fn new(
+        repairs: Repairs,
+        kv: KvLimits,
+        total: Total,
+        limits: RunLimits,
+        advertise: Option<String>,
+    ) -> Rendezvous {
         Rendezvous {
-            kv: KvStore::new(kv),
+            kv: KvStore::new(kv, &total),
             runs: BTreeMap::new(),
             ended: Vec::new(),
             others: BTreeSet::new(),
             workers: HashMap::new(),
             repairs,
             kv_limits: kv,
+            total,
             limits,
             advertise,
         }
@@ -437,7 +398,8 @@ impl Rendezvous {
         if store == Store::Opening {
             effects.push(Effect::OpenStore(run.to_owned()));
         }
-        let (run_of_it, here) = (Run::new(self.repairs), KvStore::for_workers(self.kv_limits));
+        let here = KvStore::for_workers(self.kv_limits, &self.total);
+        let run_of_it = Run::new(self.repairs);
         let entry = Entry { run: run_of_it, peers: BTreeSet::new(), here, store, has_ended: false };
         self.runs.insert(run.to_owned(), entry);
         Ok(())
@@ -466,7 +428,7 @@ impl Rendezvous {
         let theirs: Vec<ConnectionId> =
             self.workers.iter().filter(|(_, own)| *own == run).map(|(connection, _)| *connection).collect();
         if let Some(entry) = self.runs.get_mut(run) {
-            entry.here = KvStore::for_workers(self.kv_limits);
+            entry.here = KvStore::for_workers(self.kv_limits, &self.total);
         }
         if !theirs.is_empty() {
             effects.push(Effect::Close(theirs));

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use reknit_torchelastic::kv::{ConnectionId, KvLimits};
+use reknit_torchelastic::kv::{ConnectionId, KvLimits, Total};
 use reknit_torchelastic::rendezvous::{Caller, Effect, Rendezvous, RequestError, RunLimits};
 use reknit_torchelastic::run::{Repair, Repairs, absentee};
 use reknit_torchelastic::state::{Agent, Instant, SENTINEL, State};
@@ -83,7 +83,13 @@ struct World {
 impl World {
     fn new(seed: u64, repairs: Repairs, min: usize, max: usize) -> World {
         World {
-            rendezvous: Rendezvous::new(repairs, KvLimits::default(), RunLimits::default(), None),
+            rendezvous: Rendezvous::new(
+                repairs,
+                KvLimits::default(),
+                Total::default(),
+                RunLimits::default(),
+                None,
+            ),
             // Some day in 2026.
             now: 1_790_000_000 * SECOND,
             min,

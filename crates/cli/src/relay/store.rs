@@ -6,7 +6,7 @@ use std::net::TcpListener as StdListener;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use reknit_torchelastic::kv::{ConnectionId, KvLimits, KvStore};
+use reknit_torchelastic::kv::{ConnectionId, KvLimits, KvStore, Total};
 use reknit_torchelastic::wire::{self, WireLimits};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
@@ -43,7 +43,7 @@ impl Shared {
 pub(super) async fn serve(listener: StdListener, limits: WireLimits) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
-    let kv = KvStore::for_workers(KvLimits::default());
+    let kv = KvStore::for_workers(KvLimits::default(), &Total::default());
     let inside = Mutex::new(Inside { kv, clients: HashMap::new() });
     let shared = Arc::new(Shared { inside, limits });
     let places = Arc::new(Semaphore::new(CLIENTS_MAX));

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
 use reknit_membership::Timestamp;
-use reknit_torchelastic::kv::{ConnectionId, KvStore};
+use reknit_torchelastic::kv::{ConnectionId, KvStore, Total};
 use reknit_torchelastic::rendezvous::{Caller, Effect, Rendezvous};
 use reknit_torchelastic::wire::{self, Parsed, Request};
 
+use super::complaints::Complaints;
 use super::connection::{Connection, Greeting, Received, Side, greeting, listen};
 use super::view::Runs;
 use super::{Command, TorchElastic};
@@ -47,6 +48,8 @@ pub(super) struct Serving {
     connections: HashMap<Token, Connection>,
     next: u64,
     rendezvous: Rendezvous,
+    /// What all stores hold.
+    stored: Total,
     stores: BTreeMap<usize, WorkerStore>,
     store_of: HashMap<String, usize>,
     runs: Arc<Runs>,
@@ -60,7 +63,7 @@ pub(super) struct Serving {
     unread: usize,
     /// When connections that are waited for were looked through last.
     last_look: Instant,
-    refused: HashMap<IpAddr, Instant>,
+    complaints: Complaints,
 }
 
 /// Where the workers of one run meet.
@@ -92,8 +95,8 @@ impl Serving {
         poll.registry().register(&mut listener, RENDEZVOUS, Interest::READABLE)?;
         let address = listener.local_addr()?;
         let limits = settings.limits;
-        let rendezvous =
-            Rendezvous::new(settings.repairs, limits.kv, limits.runs, settings.advertise.clone());
+        let (stored, advertise) = (Total::new(limits.stored_bytes), settings.advertise.clone());
+        let rendezvous = Rendezvous::new(settings.repairs, limits.kv, stored.clone(), limits.runs, advertise);
         Ok(Serving {
             silence,
             clock,
@@ -107,6 +110,7 @@ impl Serving {
             connections: HashMap::new(),
             next: FIRST_CONNECTION,
             rendezvous,
+            stored,
             stores: BTreeMap::new(),
             store_of: HashMap::new(),
             runs,
@@ -115,7 +119,7 @@ impl Serving {
             unread: 0,
             pending: 0,
             last_look: Instant::now(),
-            refused: HashMap::new(),
+            complaints: Complaints::default(),
             settings,
         })
     }
@@ -229,17 +233,15 @@ impl Serving {
             return;
         }
         if !self.settings.allows(peer) {
-            return self.say_refused(
-                peer,
-                "its address is not in a network that may connect (--torchelastic-allow)",
-            );
+            let why = "its address is not in a network that may connect (--torchelastic-allow)";
+            return self.complaints.refused(peer, why);
         }
-        let limit = self.settings.limits.connections;
-        if self.connections.len() >= limit {
-            tracing::warn!(limit, "too many connections of torchrun: one is closed at once");
-            return;
+        if self.connections.len() >= self.settings.limits.connections {
+            return self.complaints.refused(peer, "there are as many connections as may be");
         }
-        let Some(seat) = self.peers.take(peer) else { return };
+        let Some(seat) = self.peers.take(peer) else {
+            return self.complaints.refused(peer, "it has as many connections as one address may have");
+        };
         let token = Token(self.next as usize);
         let admitted = Connection::new(stream, side, self.silence, seat).and_then(|mut connection| {
             let interest = Interest::READABLE | Interest::WRITABLE;
@@ -251,19 +253,6 @@ impl Serving {
             self.next += 1;
             self.connections.insert(token, connection);
         }
-    }
-
-    /// Says it once a minute for an address: strangers may come often.
-    fn say_refused(&mut self, peer: IpAddr, why: &str) {
-        let now = Instant::now();
-        if self.refused.get(&peer).is_some_and(|said| now - *said < REFUSED_EVERY) {
-            return;
-        }
-        if self.refused.len() >= REFUSED_MAX {
-            self.refused.clear();
-        }
-        self.refused.insert(peer, now);
-        tracing::warn!(%peer, why, "a connection to the endpoint for torchrun is refused");
     }
 
     /// Sends what is left to be sent, reads what there is to read, and answers it.
@@ -315,7 +304,7 @@ impl Serving {
         let needs = match looked {
             Ok(needs) => needs,
             Err(CutOff { peer, text }) => {
-                tracing::warn!(%peer, why = text, "a connection of torchrun is cut off");
+                self.complaints.cut_off(peer, &text);
                 self.close(token, scratch);
                 return false;
             }
@@ -341,10 +330,10 @@ impl Serving {
                 if is_sending { connection.pending.len() } else { connection.unread() }
             };
             let most = self.connections.iter().max_by_key(|(_, connection)| left(connection));
-            let Some((token, connection)) = most.map(|(token, connection)| (*token, connection)) else {
+            let Some((token, peer)) = most.map(|(token, connection)| (*token, connection.peer)) else {
                 return;
             };
-            tracing::warn!(peer = %connection.peer, limit, "too much is half sent or unread: a connection of torchrun is cut off");
+            self.complaints.cut_off(peer, &format!("more than {limit} bytes are half sent or unread"));
             self.close(token, scratch);
         }
     }
@@ -411,6 +400,8 @@ impl Serving {
                 },
             };
             if let Err(text) = carried_out {
+                // Of a list, what came first has been carried out.
+                self.wake(scratch);
                 return Err(CutOff { peer, text });
             }
             if !scratch.effects.is_empty() {
@@ -453,7 +444,7 @@ impl Serving {
                     let Some(store) = self.store_of.get(&run).copied() else { continue };
                     self.close_workers(store, scratch);
                     if let Some(store) = self.stores.get_mut(&store) {
-                        store.kv = KvStore::for_workers(self.settings.limits.kv);
+                        store.kv = KvStore::for_workers(self.settings.limits.kv, &self.stored);
                     }
                 }
                 Effect::CloseStore(run) => {
@@ -504,10 +495,8 @@ impl Serving {
             );
             return None;
         };
-        self.stores.insert(
-            store,
-            WorkerStore { run: run.to_owned(), listener, kv: KvStore::for_workers(self.settings.limits.kv) },
-        );
+        let kv = KvStore::for_workers(self.settings.limits.kv, &self.stored);
+        self.stores.insert(store, WorkerStore { run: run.to_owned(), listener, kv });
         self.store_of.insert(run.to_owned(), store);
         Some(port)
     }
@@ -570,10 +559,6 @@ struct CutOff {
     peer: IpAddr,
     text: String,
 }
-
-/// How often it is said that an address is refused, and of how many addresses that is remembered.
-const REFUSED_EVERY: Duration = Duration::from_secs(60);
-const REFUSED_MAX: usize = 1024;
 
 fn since_epoch(now: Timestamp) -> Duration {
     Duration::from_micros(now.0)

@@ -17,7 +17,7 @@ impl Asked {
     }
 
     fn with(limits: KvLimits) -> Asked {
-        Asked { store: KvStore::new(limits), woken: Vec::new() }
+        Asked { store: KvStore::new(limits, &Total::default()), woken: Vec::new() }
     }
 
     fn try_ask(&mut self, from: ConnectionId, request: &[u8]) -> Result<Vec<u8>, KvError> {
@@ -219,7 +219,8 @@ fn a_barrier_opens_for_all_who_have_come_and_for_whoever_comes_later() {
 
 #[test]
 fn workers_meet_whatever_number_their_agents_have_counted_to() {
-    let mut store = Asked { store: KvStore::for_workers(KvLimits::default()), woken: Vec::new() };
+    let mut store =
+        Asked { store: KvStore::for_workers(KvLimits::default(), &Total::default()), woken: Vec::new() };
     let (one, other) = ("//worker/attempt_0/default_pg/k", "//worker/attempt_12/default_pg/k");
     assert_eq!(store.ask(B, &keys(6, &[other])), []);
     store.set(one, "v");
@@ -255,6 +256,30 @@ fn e7_a_store_holds_no_more_than_it_may() {
 }
 
 #[test]
+fn e7_several_stores_hold_no_more_than_they_may_together() {
+    let total = Total::new(1000);
+    let [mut one, mut other] = [(), ()].map(|()| {
+        let store = KvStore::new(KvLimits::default(), &total);
+        Asked { store, woken: Vec::new() }
+    });
+    let full = Err(KvError::AllFull { bytes: 1000 });
+    one.set("/a", &"x".repeat(600));
+    assert_eq!(other.try_ask(A, &texts(1, &["/a", &"x".repeat(400)])), full);
+    other.set("/a", &"x".repeat(110));
+    assert_eq!(one.try_ask(A, &texts(9, &["/a", &"x".repeat(200)])), full);
+    // Entries count, however short they are: each takes room of its own.
+    assert_eq!(one.try_ask(A, &texts(1, &["/b", ""])), full);
+    assert_eq!(one.try_ask(B, &keys(6, &["/x"])), full);
+    assert_eq!(total.held(), one.store.share.counted + other.store.share.counted);
+    // What is given back by one, or goes with it, is for all.
+    one.ask(A, &texts(8, &["/a"]));
+    other.set("/a", &"x".repeat(800));
+    drop(other);
+    assert_eq!(total.held(), 0);
+    one.set("/a", &"x".repeat(800));
+}
+
+#[test]
 fn e7_a_value_does_not_grow_beyond_what_one_may_be() {
     let mut store = Asked::with(KvLimits { value_bytes: 10, ..KvLimits::default() });
     store.set("/k", "01234567");
@@ -273,8 +298,9 @@ fn what_is_counted_is_what_is_there_whatever_was_asked() {
             random ^= random << 17;
             random % bound
         };
-        let mut store =
-            Asked::with(KvLimits { entries: 12, bytes: 100, value_bytes: 1000, reply_bytes: 1000 });
+        let total = Total::new(1600);
+        let limits = KvLimits { entries: 12, bytes: 100, value_bytes: 1000, reply_bytes: 1000 };
+        let mut store = Asked { store: KvStore::new(limits, &total), woken: Vec::new() };
         for _ in 0..200 {
             let from = ConnectionId(next(4));
             let (key, other) = (format!("/{}", next(5)), format!("/{}", next(5)));
@@ -298,6 +324,8 @@ fn what_is_counted_is_what_is_there_whatever_was_asked() {
             // It may be refused; then nothing has changed.
             let _ = store.try_ask(from, &request);
             let own = &store.store;
+            assert_eq!(own.share.counted, own.bytes + ENTRY_BYTES * own.entries(), "seed {seed}");
+            assert_eq!(total.held(), own.share.counted, "seed {seed}");
             let values: usize = own.values.iter().map(|(key, value)| key.len() + value.len()).sum();
             let queues: usize =
                 own.queues.iter().map(|(key, q)| key.len() + q.iter().map(Vec::len).sum::<usize>()).sum();

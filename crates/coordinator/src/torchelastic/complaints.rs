@@ -1,0 +1,72 @@
+//! What the log says of connections that are not served: strangers may come often, and one who floods the endpoint must not flood
+//! the log too.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+/// How often something is said of an address, and of how many addresses that is remembered.
+const EVERY: Duration = Duration::from_secs(60);
+const ADDRESSES_MAX: usize = 1024;
+/// How much may be said in that time of all addresses together.
+const ALL_MAX: u32 = 100;
+
+/// What has been said, and when.
+#[derive(Default)]
+pub(super) struct Complaints {
+    said: HashMap<IpAddr, Instant>,
+    /// Since when it is counted how much was said, and how much that is.
+    all: Option<(Instant, u32)>,
+}
+
+impl Complaints {
+    /// A connection is closed before it has said anything.
+    pub(super) fn refused(&mut self, peer: IpAddr, why: &str) {
+        if self.is_due(peer, Instant::now()) {
+            tracing::warn!(%peer, why, "a connection to the endpoint for torchrun is refused");
+        }
+    }
+
+    /// A connection is closed for what it has said, or has not read.
+    pub(super) fn cut_off(&mut self, peer: IpAddr, why: &str) {
+        if self.is_due(peer, Instant::now()) {
+            tracing::warn!(%peer, why, "a connection of torchrun is cut off");
+        }
+    }
+
+    fn is_due(&mut self, peer: IpAddr, now: Instant) -> bool {
+        let is_recent = |at: &Instant| now.duration_since(*at) < EVERY;
+        if self.said.get(&peer).is_some_and(is_recent) {
+            return false;
+        }
+        let (since, count) = self.all.filter(|(since, _)| is_recent(since)).unwrap_or((now, 0));
+        self.all = Some((since, count + 1));
+        if count >= ALL_MAX {
+            return false;
+        }
+        if self.said.len() >= ADDRESSES_MAX {
+            self.said.clear();
+        }
+        self.said.insert(peer, now);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e7_one_who_comes_often_is_in_the_log_once_a_minute_and_many_do_not_fill_it() {
+        let mut complaints = Complaints::default();
+        let begin = Instant::now();
+        let peer = |n: u32| IpAddr::from(std::net::Ipv4Addr::from(n));
+        assert!(complaints.is_due(peer(1), begin));
+        assert!((0..1000).all(|_| !complaints.is_due(peer(1), begin)));
+        assert!(complaints.is_due(peer(2), begin));
+        assert!(complaints.is_due(peer(1), begin + EVERY));
+        let said = (0..5000).filter(|n| complaints.is_due(peer(10 + n), begin + EVERY)).count();
+        assert_eq!(said, ALL_MAX as usize - 1);
+        assert!(complaints.is_due(peer(9000), begin + 2 * EVERY));
+    }
+}
