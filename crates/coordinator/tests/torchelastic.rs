@@ -343,3 +343,27 @@ async fn many_wait_for_one_key_and_all_are_woken() {
         assert_eq!(byte, [0]);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_list_has_set_before_it_was_cut_off_wakes_who_waits_for_it() {
+    let kv = KvLimits { bytes: 1000, ..KvLimits::default() };
+    let server = start(ClientLimits { kv, ..ClientLimits::default() }).await;
+    let list = |operation: u8, texts: &[&[u8]], length: u64| {
+        let mut bytes = vec![operation];
+        bytes.extend_from_slice(&length.to_le_bytes());
+        texts.iter().for_each(|text| put_text(&mut bytes, text));
+        bytes
+    };
+    let mut waiting = Client::new(&server);
+    waiting.0.write_all(&list(6, &[b"/first"], 1)).unwrap();
+    waiting.say(Request::Ping { nonce: 7 });
+    let mut nonce = [0; 4];
+    waiting.0.read_exact(&mut nonce).unwrap();
+    let mut greedy = Client::new(&server);
+    greedy.0.write_all(&list(11, &[b"/first", b"", b"/second", &[0; 2000]], 2)).unwrap();
+    assert!(greedy.ends());
+    // Nobody else's request was needed for that.
+    let mut byte = [9];
+    waiting.0.read_exact(&mut byte).unwrap();
+    assert_eq!(byte, [0]);
+}

@@ -400,8 +400,6 @@ impl Serving {
                 },
             };
             if let Err(text) = carried_out {
-                // Of a list, what came first has been carried out.
-                self.wake(scratch);
                 return Err(CutOff { peer, text });
             }
             if !scratch.effects.is_empty() {
@@ -528,9 +526,10 @@ impl Serving {
                 self.rendezvous.disconnected(now, id, woken, effects);
                 drop(connection);
                 self.perform(None, scratch);
-                self.wake(scratch);
             }
         }
+        // By its going, or by what came first in a list that could not all be carried out.
+        self.wake(scratch);
     }
 
     /// Ends connections that have been waited for too long.
