@@ -3,7 +3,8 @@
     python store.py --reknit PATH_OF_BINARY [--seconds S] [--repeat N] [--json FILE]
 
 Clients are PyTorch's own, one process each. Each round measures both servers, one after the other and in changing order; what is shown is the
-median over the rounds, with the least and the most. CPU is that of the server's process alone.
+median over the rounds, with the least and the most. CPU is that of the server's process alone. Beside both stands what the least
+possible server takes (`floor.c`), for the operations with one reply.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 
@@ -22,6 +25,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 VALUE = "v" * 64
+# How many wait for one key, and how often that is done in a round.
+WAITERS, WAVES = 64, 20
 TICK = os.sysconf("SC_CLK_TCK")
 RELEASE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
@@ -126,6 +131,26 @@ class Ours:
         self.coordinator.close()
 
 
+class Floor:
+    """The least that a server could do: see floor.c."""
+
+    name = "floor"
+    operations = ("get", "add", "check")
+
+    def __init__(self):
+        self.dir = tempfile.TemporaryDirectory(prefix="reknit-floor-")
+        program = os.path.join(self.dir.name, "floor")
+        source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "floor.c")
+        subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", program, source], check=True)
+        self.process = subprocess.Popen([program], stdout=subprocess.PIPE, text=True)
+        self.address, self.pid = ("127.0.0.1", int(self.process.stdout.readline())), self.process.pid
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.dir.cleanup()
+
+
 def cpu(pid):
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rsplit(")", 1)[1].split()
@@ -155,33 +180,42 @@ def rate(server, operation, clients, seconds):
     return count / (ended - began), used / count * 1e6
 
 
-def waiter(address, ready, go, woken):
+def waiter(address, me, ready, woken, waves):
     store = connect(address)
-    ready.release()
-    store.get("late")
-    woken.put(time.monotonic())
+    for wave in range(waves):
+        ready.release()
+        store.get(f"late/{wave}")
+        # No queue, no lock: 64 processes on a few cores would measure those.
+        woken[wave * WAITERS + me] = time.monotonic()
 
 
-def fan_out(server, waiters):
-    """How long after a key is set the first and the last of those who wait for it have it, in milliseconds."""
-    ready, woken = multiprocessing.Semaphore(0), multiprocessing.Queue()
+def fan_out(server, waves):
+    """How long after a key is set the first and the last of those who wait for it have it, in milliseconds: medians over the waves."""
+    ready, woken = multiprocessing.Semaphore(0), multiprocessing.RawArray("d", waves * WAITERS)
     processes = [
-        multiprocessing.Process(target=waiter, args=(server.address, ready, None, woken)) for _ in range(waiters)
+        multiprocessing.Process(target=waiter, args=(server.address, me, ready, woken, waves)) for me in range(WAITERS)
     ]
     for process in processes:
         process.start()
-    for _ in processes:
-        ready.acquire()
-    store = connect(server.address)
-    # All are connected; that their waits have arrived cannot be asked.
-    time.sleep(0.3)
-    at = time.monotonic()
-    store.set("late", VALUE)
-    times = sorted(woken.get() - at for _ in processes)
+    store, firsts, lasts = connect(server.address), [], []
+    for wave in range(waves):
+        for _ in processes:
+            ready.acquire()
+        # All are about to wait; that their waits have arrived cannot be asked.
+        time.sleep(0.2)
+        at = time.monotonic()
+        store.set(f"late/{wave}", VALUE)
+        times = woken[wave * WAITERS : (wave + 1) * WAITERS]
+        while min(times) == 0:
+            time.sleep(0.01)
+            times = woken[wave * WAITERS : (wave + 1) * WAITERS]
+        firsts.append((min(times) - at) * 1e3)
+        lasts.append((max(times) - at) * 1e3)
     for process in processes:
         process.join()
-    store.delete_key("late")
-    return times[0] * 1e3, times[-1] * 1e3
+    for wave in range(waves):
+        store.delete_key(f"late/{wave}")
+    return statistics.median(firsts), statistics.median(lasts)
 
 
 def main():
@@ -192,7 +226,7 @@ def main():
     parser.add_argument("--json")
     options = parser.parse_args()
     multiprocessing.set_start_method("fork")
-    servers = {"pytorch": Theirs(), "reknit": Ours(options.reknit)}
+    servers = {"pytorch": Theirs(), "reknit": Ours(options.reknit), "floor": Floor()}
     measured = {}
     for round in range(options.repeat):
         order = list(servers.values())
@@ -201,13 +235,17 @@ def main():
         for operation in OPERATIONS:
             for clients in (1, 8):
                 for server in order:
+                    if operation not in getattr(server, "operations", OPERATIONS):
+                        continue
                     seen = rate(server, operation, clients, options.seconds)
                     measured.setdefault((operation, clients, server.name), []).append(seen)
         for server in order:
-            measured.setdefault(("wait fan-out", 64, server.name), []).append(fan_out(server, 64))
+            if server.name == "floor":
+                continue
+            measured.setdefault(("wait fan-out", WAITERS, server.name), []).append(fan_out(server, WAVES))
     rows = []
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {options.repeat} rounds of {options.seconds} s")
-    print(f"{'operation':<14} {'clients':>7} {'reknit/s':>10} {'pytorch/s':>10} {'ratio':>6} {'CPU µs':>7} {'theirs':>7} {'ratio':>6}")
+    print(f"{'operation':<14} {'clients':>7} {'reknit/s':>10} {'pytorch/s':>10} {'ratio':>6} {'CPU µs':>7} {'theirs':>7} {'ratio':>6}   least possible")
     for (operation, clients, name), seen in measured.items():
         if name != "reknit":
             continue
@@ -215,14 +253,19 @@ def main():
         ours = [statistics.median(values) for values in zip(*seen)]
         peer = [statistics.median(values) for values in zip(*theirs)]
         row = {"operation": operation, "clients": clients, "reknit": seen, "pytorch": theirs}
+        least = row["floor"] = measured.get((operation, clients, "floor"))
         rows.append(row)
         if operation == "wait fan-out":
             print(f"{operation:<14} {clients:>7} first {ours[0]:.2f} ms, last {ours[1]:.2f} ms; pytorch {peer[0]:.2f}, {peer[1]:.2f}")
             continue
         ratios = [o[0] / p[0] for o, p in zip(seen, theirs)]
+        floor = ""
+        if least:
+            rates, cpus = ([f[i] / p[i] for f, p in zip(least, theirs)] for i in (0, 1))
+            floor = f"   {statistics.median(rates):.2f}, CPU {statistics.median(cpus):.2f}"
         print(
             f"{operation:<14} {clients:>7} {ours[0]:>10.0f} {peer[0]:>10.0f} {statistics.median(ratios):>6.2f} "
-            f"{ours[1]:>7.2f} {peer[1]:>7.2f} {ours[1] / peer[1]:>6.2f}   ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{ours[1]:>7.2f} {peer[1]:>7.2f} {ours[1] / peer[1]:>6.2f}   ({min(ratios):.2f} to {max(ratios):.2f}){floor}"
         )
     for server in servers.values():
         server.close()
