@@ -7,7 +7,9 @@ for the differences that are listed in DIFFERENCES, each with its reason, where 
 """
 
 import argparse
+import base64
 import os
+import pickle
 import socket
 import struct
 import subprocess
@@ -21,6 +23,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch  # noqa: E402 - it reads the variable when it is loaded
 import torch.distributed as dist  # noqa: E402
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _RendezvousState  # noqa: E402
 
 RELEASE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 MAGIC = 0x3C85F7CE
@@ -51,6 +54,14 @@ DIFFERENCES = {
     "parts of a multi-set count only when all of it is there": (
         [b""],
         "PyTorch's server stores the first pairs while it waits for the rest, and again with each part",
+    ),
+    "a rendezvous state that is none": (
+        ["closed"],
+        "agents unpickle what is there, which may run anything (--torchelastic-without guard: it is stored)",
+    ),
+    "a rendezvous state that is set, added to or deleted": (
+        ["closed"] * 3,
+        "torchrun writes it by compare-and-set alone, and the repairs follow it: with or without the guard nothing else is taken",
     ),
 }
 
@@ -256,6 +267,39 @@ def _(server):
         return [client.number()], [-(2**63)]
     except ConnectionError:
         return ["closed"], [-(2**63)]
+
+
+# A run's state.
+
+STATE = base64.b64encode(pickle.dumps(_RendezvousState())).decode()
+
+
+@check("a rendezvous state that is none")
+def _(server):
+    client = Raw(server)
+    client.send(request(COMPARE_SET, "/torch.rendezvous.run", "", "!") + request(GET, "/torch.rendezvous.run"))
+    try:
+        return [client.text(), client.text()], [b"!", b"!"]
+    except ConnectionError:
+        return ["closed"], [b"!", b"!"]
+
+
+@check("a rendezvous state that is set, added to or deleted")
+def _(server):
+    key, seen = "/torch.rendezvous.run", []
+    agent = Raw(server)
+    agent.send(request(COMPARE_SET, key, "", STATE))
+    agent.text()
+    for data in (request(SET, key, STATE), request(APPEND, key, "="), request(DELETE, key)):
+        client = Raw(server)
+        client.send(data)
+        seen.append("closed" if client.is_alive(server) == "closed" else "taken")
+    return seen, ["taken"] * 3
+
+
+@check("a rendezvous state that is not there is deleted")
+def _(server):
+    return asks(server, (request(DELETE, "/torch.rendezvous.run"), "number")), [0]
 
 
 # Compare and set.

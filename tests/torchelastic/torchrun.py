@@ -142,6 +142,20 @@ def rank_0_may_vanish_too(way, coordinator):
 
 
 @test
+def half_of_eight_may_vanish_at_once(way, coordinator):
+    fleet = way.fleet(coordinator, "2:8")
+    fleet.add(8)
+    fleet.world(8)
+    of_rank = {agent_of(fleet, rank): rank for rank in range(8)}
+    parity = 0 if way.survives_rank_0 else 1
+    victims = [agent for agent, rank in of_rank.items() if rank % 2 == parity]
+    at = max(victim.kill() for victim in victims)
+    fleet.world(4, since=at)
+    assert set(fleet.end().values()) == {0}
+    loses_little(fleet)
+
+
+@test
 def an_agent_that_is_told_to_stop_is_not_waited_for(way, coordinator):
     fleet = way.fleet(coordinator, "1:3")
     fleet.add(3)
