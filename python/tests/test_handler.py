@@ -262,6 +262,8 @@ def test_a_coordinator_that_dies_and_comes_back_costs_nothing(tmp_path: object) 
 
 
 def test_an_interrupt_ends_a_wait_at_once(node: Callable[..., Node]) -> None:
+    # A process that a shell has put in the background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lonely = node("a", 2, 2)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
