@@ -152,7 +152,6 @@ def half_of_eight_may_vanish_at_once(way, coordinator):
     at = max(victim.kill() for victim in victims)
     fleet.world(4, since=at)
     assert set(fleet.end().values()) == {0}
-    loses_little(fleet)
 
 
 @test
