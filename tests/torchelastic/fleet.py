@@ -171,7 +171,9 @@ class Fleet:
         raise AssertionError(f"waited {patience} s for {what}; events: {self.events()[-10:]}")
 
     def end(self, patience=PATIENCE):
-        """Ends the job as a job ends: the workers exit with success. Returns the agents' exit codes."""
+        """Ends the job as a job ends: after steps in its last world, the workers exit with success. Returns the agents' exit codes."""
+        begun = max(line["at"] for line in self.events("first"))
+        self.eventually(lambda: self.events("step", begun), "steps before the end")
         open(self.over, "w").close()
         codes = {}
         for agent in self.agents.values():

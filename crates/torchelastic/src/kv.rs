@@ -274,9 +274,12 @@ impl KvStore {
     }
 
     /// Whether a value of so many bytes could be stored under a key.
-    pub fn has_room(&self, key: &[u8], bytes: usize) -> bool {
+    ///
+    /// # Errors
+    /// [`KvError::Full`] or [`KvError::AllFull`] if not.
+    pub fn check_room(&self, key: &[u8], bytes: usize) -> Result<(), KvError> {
         let entries = usize::from(!self.values.contains_key(key));
-        self.may_grow(entries, key.len() + bytes).is_ok()
+        self.may_grow(entries, key.len() + bytes)
     }
 
     /// Whether it could hold so much more.

@@ -361,9 +361,7 @@ impl Rendezvous {
             return Ok(());
         }
         // Nothing is agreed on that cannot be stored: what is stored instead of it is little longer.
-        if !self.kv.has_room(key, 2 * desired.len() + 1024) {
-            return Err(KvError::Full { entries: self.kv_limits.entries, bytes: self.kv_limits.bytes }.into());
-        }
+        self.kv.check_room(key, 2 * desired.len() + 1024)?;
         match entry.run.write(now, from.connection, desired) {
             Ok(written) => {
                 let stored = written.instead.as_deref().unwrap_or(desired);

@@ -5,21 +5,27 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use crate::rate::Allowance;
+
 /// How often something is said of an address, and of how many addresses that is remembered.
 const EVERY: Duration = Duration::from_secs(60);
 const ADDRESSES_MAX: usize = 1024;
-/// How much may be said in that time of all addresses together.
-const ALL_MAX: u32 = 100;
+/// How much may be said at once of all addresses together, and then every second: a hundred lines in a minute at most.
+const ALL_MAX: u32 = 40;
+const ALL_PER_SECOND: u32 = 1;
 
 /// What has been said, and when.
-#[derive(Default)]
 pub(super) struct Complaints {
     said: HashMap<IpAddr, Instant>,
-    /// Since when it is counted how much was said, and how much that is.
-    all: Option<(Instant, u32)>,
+    all: Allowance,
 }
 
 impl Complaints {
+    /// Nothing has been said.
+    pub(super) fn new(now: Instant) -> Complaints {
+        Complaints { said: HashMap::new(), all: Allowance::new(ALL_PER_SECOND, ALL_MAX, now) }
+    }
+
     /// A connection is closed before it has said anything.
     pub(super) fn refused(&mut self, peer: IpAddr, why: &str) {
         if self.is_due(peer, Instant::now()) {
@@ -36,12 +42,7 @@ impl Complaints {
 
     fn is_due(&mut self, peer: IpAddr, now: Instant) -> bool {
         let is_recent = |at: &Instant| now.duration_since(*at) < EVERY;
-        if self.said.get(&peer).is_some_and(is_recent) {
-            return false;
-        }
-        let (since, count) = self.all.filter(|(since, _)| is_recent(since)).unwrap_or((now, 0));
-        self.all = Some((since, count + 1));
-        if count >= ALL_MAX {
+        if self.said.get(&peer).is_some_and(is_recent) || !self.all.try_take(now) {
             return false;
         }
         if self.said.len() >= ADDRESSES_MAX {
@@ -58,8 +59,8 @@ mod tests {
 
     #[test]
     fn e7_one_who_comes_often_is_in_the_log_once_a_minute_and_many_do_not_fill_it() {
-        let mut complaints = Complaints::default();
         let begin = Instant::now();
+        let mut complaints = Complaints::new(begin);
         let peer = |n: u32| IpAddr::from(std::net::Ipv4Addr::from(n));
         assert!(complaints.is_due(peer(1), begin));
         assert!((0..1000).all(|_| !complaints.is_due(peer(1), begin)));

@@ -119,7 +119,7 @@ impl Serving {
             unread: 0,
             pending: 0,
             last_look: Instant::now(),
-            complaints: Complaints::default(),
+            complaints: Complaints::new(Instant::now()),
             settings,
         })
     }
@@ -239,9 +239,7 @@ impl Serving {
         if self.connections.len() >= self.settings.limits.connections {
             return self.complaints.refused(peer, "there are as many connections as may be");
         }
-        let Some(seat) = self.peers.take(peer) else {
-            return self.complaints.refused(peer, "it has as many connections as one address may have");
-        };
+        let Some(seat) = self.peers.take(peer) else { return };
         let token = Token(self.next as usize);
         let admitted = Connection::new(stream, side, self.silence, seat).and_then(|mut connection| {
             let interest = Interest::READABLE | Interest::WRITABLE;
