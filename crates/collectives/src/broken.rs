@@ -43,15 +43,15 @@ pub enum BreakReason {
     #[error("it was aborted")]
     Aborted,
     /// Two neighbours did not call the same collective.
-    #[error("this rank called {ours}, the rank before it called {theirs}")]
+    #[error("this rank called {ours}, another one called {theirs}")]
     Mismatch {
         /// What this rank called.
         ours: Call,
-        /// What the previous rank called.
+        /// What the first suspect called: the previous rank, or another one of this host.
         theirs: Call,
     },
-    /// The previous rank sent what no rank sends.
-    #[error("the previous rank broke the protocol: {what}")]
+    /// A rank said what no rank says.
+    #[error("the suspect broke the protocol: {what}")]
     Protocol {
         /// What is wrong with it.
         what: &'static str,

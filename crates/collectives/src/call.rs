@@ -40,25 +40,44 @@ pub enum CallKind {
     },
     /// `barrier`.
     Barrier,
+    /// `buffer`.
+    Buffer {
+        /// The elements' type.
+        dtype: DType,
+    },
+    /// `all_reduce_buffer` in shared memory; elsewhere it is an `all_reduce`.
+    AllReduceBuffer {
+        /// The elements' type.
+        dtype: DType,
+        /// How they are combined.
+        op: ReduceOp,
+        /// The how-manieth buffer of its group it is, counted from zero.
+        buffer: u32,
+    },
 }
 
 impl CallKind {
     /// In which order its elements move.
     pub(crate) fn pattern(self) -> Pattern {
         match self {
-            CallKind::AllReduce { .. } => Pattern::AllReduce,
+            CallKind::AllReduce { .. } | CallKind::AllReduceBuffer { .. } => Pattern::AllReduce,
             CallKind::ReduceScatter { .. } => Pattern::ReduceScatter,
             CallKind::AllGather { .. } => Pattern::AllGather,
             CallKind::Broadcast { root, .. } => Pattern::Broadcast { root },
-            CallKind::Barrier => Pattern::Barrier,
+            CallKind::Barrier | CallKind::Buffer { .. } => Pattern::Barrier,
         }
     }
 
     /// How it combines elements, if it does.
     pub(crate) fn op(self) -> Option<ReduceOp> {
         match self {
-            CallKind::AllReduce { op, .. } | CallKind::ReduceScatter { op, .. } => Some(op),
-            CallKind::AllGather { .. } | CallKind::Broadcast { .. } | CallKind::Barrier => None,
+            CallKind::AllReduce { op, .. }
+            | CallKind::ReduceScatter { op, .. }
+            | CallKind::AllReduceBuffer { op, .. } => Some(op),
+            CallKind::AllGather { .. }
+            | CallKind::Broadcast { .. }
+            | CallKind::Barrier
+            | CallKind::Buffer { .. } => None,
         }
     }
 }
@@ -89,6 +108,10 @@ impl fmt::Display for Call {
                 write!(f, "broadcast #{sequence} from rank {root} of {count} {dtype}")
             }
             CallKind::Barrier => write!(f, "barrier #{sequence}"),
+            CallKind::Buffer { dtype } => write!(f, "buffer #{sequence} of {count} {dtype}"),
+            CallKind::AllReduceBuffer { dtype, op, buffer } => {
+                write!(f, "all_reduce_buffer #{sequence} ({op}) of buffer {buffer} of {count} {dtype}")
+            }
         }
     }
 }
@@ -103,7 +126,7 @@ impl Call {
     /// The header with which `rank` starts its stream of this call.
     ///
     /// ```text
-    /// 0 magic "rkC1" | 4 kind | 5 dtype | 6 op | 7 zero, or 1 without words | 8 sequence | 16 count | 24 root | 28 sender's rank
+    /// 0 magic "rkC1" | 4 kind | 5 dtype | 6 op | 7 zero, or 1 without words | 8 sequence | 16 count | 24 root or buffer | 28 sender's rank
     /// ```
     pub(crate) fn header(&self, rank: Rank) -> [u8; HEADER_BYTES] {
         let (kind, dtype, op, root) = match self.kind {
@@ -112,6 +135,8 @@ impl Call {
             CallKind::AllGather { dtype } => (3, dtype.code(), 0, 0),
             CallKind::Broadcast { dtype, root } => (4, dtype.code(), 0, root.0),
             CallKind::Barrier => (5, 0, 0, 0),
+            CallKind::Buffer { dtype } => (6, dtype.code(), 0, 0),
+            CallKind::AllReduceBuffer { dtype, op, buffer } => (7, dtype.code(), op.code(), buffer),
         };
         let mut header = [0; HEADER_BYTES];
         header[..4].copy_from_slice(&MAGIC);
@@ -136,6 +161,8 @@ impl Call {
             3 => CallKind::AllGather { dtype: dtype()? },
             4 => CallKind::Broadcast { dtype: dtype()?, root },
             5 => CallKind::Barrier,
+            6 => CallKind::Buffer { dtype: dtype()? },
+            7 => CallKind::AllReduceBuffer { dtype: dtype()?, op: op()?, buffer: four(24) },
             _ => return None,
         };
         let call = Call { sequence: eight(8), kind, count: eight(16) };
@@ -154,9 +181,11 @@ mod tests {
         for dtype in DType::ALL {
             kinds.push(CallKind::AllGather { dtype });
             kinds.push(CallKind::Broadcast { dtype, root: Rank(7) });
+            kinds.push(CallKind::Buffer { dtype });
             for op in ReduceOp::ALL {
                 kinds.push(CallKind::AllReduce { dtype, op });
                 kinds.push(CallKind::ReduceScatter { dtype, op });
+                kinds.push(CallKind::AllReduceBuffer { dtype, op, buffer: 5 });
             }
         }
         kinds.into_iter().map(|kind| Call { sequence: 3, kind, count: 1 << 40 }).collect()

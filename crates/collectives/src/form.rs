@@ -8,10 +8,11 @@ use reknit_membership::ids::{Generation, Rank, WorldSize};
 use rustix::event::PollFd;
 
 use crate::abort::AbortHandle;
-use crate::broken::BreakReason;
+use crate::broken::{BreakReason, Broken};
 use crate::dial::{DialError, dial};
 use crate::door::{ArrivalError, Door};
 use crate::handshake::Purpose;
+use crate::meeting::SharedMemory;
 use crate::neighbours::{ENDED, Neighbours};
 use crate::patience::after;
 use crate::schedule::{before, following};
@@ -49,6 +50,8 @@ pub struct GroupOptions {
     pub spin: Duration,
     /// How many bytes are moved at a time; at least 4 KiB and at most 16 MiB, whatever it says.
     pub chunk_bytes: usize,
+    /// Whether ranks of one host are to share memory.
+    pub shared_memory: SharedMemory,
 }
 
 impl Default for GroupOptions {
@@ -58,6 +61,7 @@ impl Default for GroupOptions {
             stall: Duration::from_secs(60),
             spin: Duration::from_micros(50),
             chunk_bytes: 128 << 10,
+            shared_memory: SharedMemory::default(),
         }
     }
 }
@@ -112,6 +116,12 @@ pub enum FormError {
         /// Why.
         reason: BreakReason,
     },
+    /// The ring stood, and broke before all ranks had said which host they are on.
+    #[error("the ring broke before its ranks knew each other's hosts")]
+    Meeting {
+        /// Why.
+        source: Broken,
+    },
     /// The process is out of descriptors or threads.
     #[error("cannot set the ring up")]
     System {
@@ -125,6 +135,7 @@ impl FormError {
     pub fn suspect(&self) -> Option<Rank> {
         match self {
             FormError::Next { rank, .. } | FormError::Previous { rank, .. } => Some(*rank),
+            FormError::Meeting { source } => source.suspects.first().copied(),
             FormError::BadPlace { .. }
             | FormError::WrongDoor { .. }
             | FormError::NoSeat { .. }

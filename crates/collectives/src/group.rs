@@ -3,17 +3,23 @@
 use std::fmt;
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytemuck::Zeroable;
 use reknit_membership::ids::{Generation, Rank, WorldSize};
 
-use crate::abort::{AbortHandle, Attached};
+use crate::abort::{AbortHandle, Attached, Rouse};
 use crate::broken::{BreakReason, Broken};
+use crate::buffer::Buffer;
 use crate::call::{Call, CallKind};
 use crate::door::Door;
 use crate::element::Element;
 use crate::form::{FormError, GroupOptions, Place, connect};
+use crate::host::{Host, HostFault, Operands};
+use crate::meeting::{CARD_BYTES, Card, SharedMemory, Stake, window};
 use crate::neighbours::TcpTransport;
+use crate::patience::after;
+use crate::progress::{Progress, Stuck};
 use crate::reduce::ReduceOp;
 use crate::ring::{Fault, HEAD_BYTES, Limits, Run, Seat, drive};
 use crate::schedule::part;
@@ -56,13 +62,23 @@ struct Ring {
     /// Whether the control word travels; always, but to measure what that costs.
     carries_word: bool,
     abort: AbortHandle,
-    _attached: Attached,
+    /// What all ranks share, if they are on one host. The ring then only tells of losses.
+    host: Option<Host>,
+    _attached: Vec<Attached>,
+}
+
+/// Who waits in shared memory looks up when this is roused.
+impl Rouse for Progress {
+    fn rouse(&self) {
+        self.ring();
+    }
 }
 
 impl Group {
     /// Joins the ring at `place`: connects to the next rank and takes the previous one's connection from `door`.
     ///
-    /// It returns when both neighbours are connected, which does not mean that the whole ring is.
+    /// Unless shared memory is [unasked](SharedMemory::Unasked) for, it returns when all ranks have told each other which
+    /// host they are on. Else it returns when both neighbours are connected, which does not mean that the whole ring is.
     pub fn form(
         door: &Door,
         place: &Place,
@@ -70,6 +86,7 @@ impl Group {
         abort: AbortHandle,
     ) -> Result<Group, FormError> {
         let Place { generation, rank, size, .. } = *place;
+        let until = after(Instant::now(), options.form);
         let ring = match connect(door, place, options, &abort)? {
             None => None,
             Some(neighbours) => {
@@ -82,7 +99,7 @@ impl Group {
                 let staging =
                     vec![0; HEAD_BYTES + options.chunk_bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)];
                 let seat = Seat { size, rank, prev: neighbours.prev_rank };
-                let limits = Limits { spin: options.spin, stall: options.stall };
+                let limits = Limits { spin: options.spin, stall: options.stall, until: None };
                 let transport = TcpTransport { neighbours, aborted };
                 let abort = abort.clone();
                 Some(Ring {
@@ -93,11 +110,58 @@ impl Group {
                     limits,
                     carries_word: true,
                     abort,
-                    _attached: attached,
+                    host: None,
+                    _attached: vec![attached],
                 })
             }
         };
-        Ok(Group { generation, rank, size, abort, ring, broken: None, sequence: 0, scratch: Vec::new() })
+        let mut group =
+            Group { generation, rank, size, abort, ring, broken: None, sequence: 0, scratch: Vec::new() };
+        match options.shared_memory {
+            SharedMemory::Offered | SharedMemory::Declined => group.meet(options, until)?,
+            SharedMemory::Unasked => {}
+        }
+        Ok(group)
+    }
+
+    /// Finds out whether all ranks share a host, and has them share memory if so.
+    fn meet(&mut self, options: &GroupOptions, until: Instant) -> Result<(), FormError> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        ring.limits.until = Some(until);
+        let failed = |source: Broken| match source.reason {
+            BreakReason::Aborted => FormError::Aborted { reason: source.reason },
+            _ => FormError::Meeting { source },
+        };
+        let chunk_bytes = options.chunk_bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX);
+        let stake = Stake::new(options.shared_memory, self.size, window(chunk_bytes));
+        let (own, size, layout) = (self.rank.0 as usize, self.size.0 as usize, stake.layout());
+        let mut table = vec![0; size * CARD_BYTES];
+        self.all_gather(&stake.card.to_bytes(), &mut table, ControlWord::NONE).map_err(failed)?;
+        let cards: Vec<Card> = table.as_chunks().0.iter().map(Card::from_bytes).collect();
+        // Each knows from the cards alone whether there is a second round.
+        if let Some(shared) = stake.share(&cards, own) {
+            let word = if shared.is_ok() { ControlWord::NONE } else { ControlWord::FAILED };
+            let word = self.barrier(word).map_err(failed)?;
+            if let (Ok(mut segment), ControlWord::NONE, Some(ring)) = (shared, word, &mut self.ring) {
+                // All have opened it who ever will.
+                segment.close();
+                let host = Host::new(segment, layout, own, options.spin, options.stall);
+                ring.watcher.rouse_when_unsound(Arc::new(host.progress().clone()));
+                ring._attached.push(self.abort.attach(Arc::new(host.progress().clone())));
+                ring.host = Some(host);
+            }
+        }
+        if let Some(ring) = &mut self.ring {
+            ring.limits.until = None;
+        }
+        // What is counted are the caller's.
+        self.sequence = 0;
+        Ok(())
+    }
+
+    /// Whether all ranks are on one host and share memory.
+    pub fn shares_memory(&self) -> bool {
+        self.ring.as_ref().is_some_and(|ring| ring.host.is_some())
     }
 
     /// This rank.
@@ -136,6 +200,9 @@ impl Group {
     /// collective and this one has not. Who then begins it too passes that on to the next rank: so ranks that otherwise do
     /// nothing together learn that one of them wants to, without a message before. Once this rank has begun a collective by
     /// itself, the callback may be called for that one, for a later one, or not at all: set it again after each.
+    ///
+    /// It is never called in a group that [shares memory](Group::shares_memory), where no message tells of a collective:
+    /// who needs it forms the group with [`SharedMemory::Unasked`].
     pub fn on_neighbour_ahead(&mut self, callback: impl FnOnce() + Send + 'static) {
         if let Some(ring) = &self.ring {
             ring.watcher.on_ahead(Box::new(callback));
@@ -154,13 +221,19 @@ impl Group {
     /// Combines the elements of all ranks, in place. If it fails, `data` is bit for bit what it was.
     ///
     /// For that it works in memory of its own, as large as `data`, and copies at the end;
-    /// [`all_reduce_into`](Group::all_reduce_into) does without.
+    /// [`all_reduce_into`](Group::all_reduce_into) does without. Ranks that share memory need it once for all.
     pub fn all_reduce<T: Element>(
         &mut self,
         data: &mut [T],
         op: ReduceOp,
         word: ControlWord,
     ) -> Result<ControlWord, Broken> {
+        if self.shares_memory() && !needs_wide::<T>(op) {
+            let kind = CallKind::AllReduce { dtype: T::DTYPE, op };
+            return self.on_host(kind, data.len(), word, |host, call, stop| {
+                host.all_reduce(call, op, Operands::InPlace(data), word, stop)
+            });
+        }
         self.with_scratch(data.len(), |group, scratch| {
             let word = group.all_reduce_into(data, scratch, op, word)?;
             data.copy_from_slice(scratch);
@@ -182,6 +255,59 @@ impl Group {
     ) -> Result<ControlWord, Broken> {
         assert_eq!(input.len(), output.len(), "an all_reduce gives as many elements as it takes");
         self.reduce(CallKind::AllReduce { dtype: T::DTYPE, op }, input, output, word)
+    }
+
+    /// Memory for so many elements, zeros at first, from which [`all_reduce_buffer`](Group::all_reduce_buffer) takes them
+    /// without a copy. All ranks make the same buffers in the same order; it is a collective like the others.
+    pub fn buffer<T: Element>(&mut self, len: usize) -> Result<Buffer<T>, Broken> {
+        let kind = CallKind::Buffer { dtype: T::DTYPE };
+        if !self.shares_memory() {
+            // The same call everywhere, or it is none: that is all there is to agree upon.
+            self.counted_call::<u8>(kind, len as u64, &[], &mut [], ControlWord::NONE)?;
+            return Ok(Buffer::private(len));
+        }
+        let mut made = None;
+        self.on_host(kind, len, ControlWord::NONE, |host, call, stop| {
+            let (buffer, word) = host.buffer(call, len, ControlWord::NONE, stop)?;
+            made = Some(buffer);
+            Ok(word)
+        })?;
+        Ok(made.expect("it was made, or an error"))
+    }
+
+    /// Combines the elements of all ranks' buffers into [`Buffer::result`], the same bits on every rank. Each rank's own
+    /// elements stay what they are, also if it fails.
+    ///
+    /// Where ranks share memory no element is copied. A buffer of another group is combined as other memory is; whether it
+    /// is one of this group must be the same for all ranks.
+    pub fn all_reduce_buffer<T: Element>(
+        &mut self,
+        buffer: &mut Buffer<T>,
+        op: ReduceOp,
+        word: ControlWord,
+    ) -> Result<ControlWord, Broken> {
+        buffer.set_has_result(false);
+        let home = self.ring.as_ref().and_then(|ring| ring.host.as_ref());
+        let shared = home.and_then(|host| buffer.id_at(host.segment()));
+        let result = match shared {
+            Some(id) if !needs_wide::<T>(op) => {
+                let kind = CallKind::AllReduceBuffer { dtype: T::DTYPE, op, buffer: id };
+                let len = buffer.len();
+                let result = self.on_host(kind, len, word, |host, call, stop| {
+                    host.all_reduce_buffer(call, op, buffer, word, stop)
+                });
+                if result.is_err() {
+                    buffer.detach();
+                }
+                result
+            }
+            _ => {
+                let (own, result) = buffer.detach();
+                self.all_reduce_into(own, result, op, word)
+            }
+        };
+        buffer.set_has_result(result.is_ok());
+        result
     }
 
     /// Combines the `input`s of all ranks and gives this rank its own [`part`] of the result. If it fails, what is in
@@ -250,7 +376,7 @@ impl Group {
         work: &mut [T],
         word: ControlWord,
     ) -> Result<ControlWord, Broken> {
-        if kind.op() != Some(ReduceOp::Mean) || size_of::<T>() == size_of::<T::Wide>() {
+        if kind.op().is_none_or(|op| !needs_wide::<T>(op)) {
             return self.call(kind, input, work, word);
         }
         let wide: Vec<T::Wide> = input.iter().map(|number| number.widen()).collect();
@@ -268,10 +394,68 @@ impl Group {
         work: &mut [T],
         word: ControlWord,
     ) -> Result<ControlWord, Broken> {
+        let count = work.len() as u64;
+        if self.shares_memory() {
+            return self.on_host(kind, work.len(), word, |host, call, stop| match kind {
+                CallKind::AllReduce { op, .. } => {
+                    host.all_reduce(call, op, Operands::Apart { input, output: work }, word, stop)
+                }
+                CallKind::ReduceScatter { op, .. } => host.reduce_scatter(call, op, input, work, word, stop),
+                CallKind::AllGather { .. } => {
+                    let (len, size) = (work.len(), host.size());
+                    host.gather(call, |rank| part(len, size, Rank(rank as u32)), work, word, stop)
+                }
+                CallKind::Broadcast { root, .. } => {
+                    let len = work.len();
+                    host.gather(
+                        call,
+                        |rank| if rank == root.0 as usize { 0..len } else { 0..0 },
+                        work,
+                        word,
+                        stop,
+                    )
+                }
+                CallKind::Barrier | CallKind::Buffer { .. } | CallKind::AllReduceBuffer { .. } => {
+                    host.barrier(call, word, stop)
+                }
+            });
+        }
+        self.counted_call(kind, count, input, work, word)
+    }
+
+    /// Runs one collective in the memory that all ranks share.
+    fn on_host(
+        &mut self,
+        kind: CallKind,
+        count: usize,
+        word: ControlWord,
+        work: impl FnOnce(&mut Host, Call, &dyn Fn() -> bool) -> Result<ControlWord, HostFault>,
+    ) -> Result<ControlWord, Broken> {
         if let Some(broken) = &self.broken {
             return Err(broken.clone());
         }
-        let call = Call { sequence: self.sequence, kind, count: work.len() as u64 };
+        let call = Call { sequence: self.sequence, kind, count: count as u64 };
+        self.sequence += 1;
+        let result = match &mut self.ring {
+            Some(ring) => ring.run_on_host(|host, stop| work(host, call, stop)),
+            None => Ok(word),
+        };
+        self.ended(result)
+    }
+
+    /// Runs one collective on the ring.
+    fn counted_call<T: Element>(
+        &mut self,
+        kind: CallKind,
+        count: u64,
+        input: &[T],
+        work: &mut [T],
+        word: ControlWord,
+    ) -> Result<ControlWord, Broken> {
+        if let Some(broken) = &self.broken {
+            return Err(broken.clone());
+        }
+        let call = Call { sequence: self.sequence, kind, count };
         self.sequence += 1;
         let result = match &mut self.ring {
             None if self.abort.is_aborted() => Err((Vec::new(), BreakReason::Aborted)),
@@ -284,6 +468,14 @@ impl Group {
             }
             Some(ring) => ring.run(call, input, work, word),
         };
+        self.ended(result)
+    }
+
+    /// What a collective that ended so gives its caller.
+    fn ended(
+        &mut self,
+        result: Result<ControlWord, (Vec<Rank>, BreakReason)>,
+    ) -> Result<ControlWord, Broken> {
         result.map_err(|(suspects, reason)| {
             // Whatever an abort leads to, the abort is the reason.
             let (suspects, reason) = match self.abort.reason() {
@@ -354,6 +546,46 @@ impl Ring {
         }
     }
 
+    fn run_on_host(
+        &mut self,
+        work: impl FnOnce(&mut Host, &dyn Fn() -> bool) -> Result<ControlWord, HostFault>,
+    ) -> Result<ControlWord, (Vec<Rank>, BreakReason)> {
+        self.watcher.begin().map_err(|lost| match lost {
+            Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
+            None => (Vec::new(), BreakReason::Aborted),
+        })?;
+        let host = self.host.as_mut().expect("asked before");
+        let (watcher, abort) = (&self.watcher, &self.abort);
+        let fault = match work(host, &|| abort.is_aborted() || watcher.is_unsound()) {
+            Ok(word) => {
+                self.watcher.finish(Outcome::Done);
+                return Ok(word);
+            }
+            Err(fault) => fault,
+        };
+        let (suspects, reason) = match fault {
+            HostFault::Stuck(Stuck::GivenUp(rank)) => lost_neighbour(rank, ErrorKind::ConnectionAborted),
+            HostFault::Stuck(Stuck::Stopped) => match watcher.lost() {
+                Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
+                None => (Vec::new(), BreakReason::Aborted),
+            },
+            HostFault::Stuck(Stuck::Stalled { waited, late }) => (late, BreakReason::Stalled { waited }),
+            HostFault::Mismatch { ours, theirs, rank } => {
+                (vec![rank], BreakReason::Mismatch { ours, theirs })
+            }
+            HostFault::Protocol { what, rank } => (vec![rank], BreakReason::Protocol { what }),
+            HostFault::System(kind) => (Vec::new(), BreakReason::System { kind }),
+        };
+        let lost = match reason {
+            BreakReason::NeighbourLost { rank, .. } if !abort.is_aborted() => Some(rank),
+            _ => None,
+        };
+        // Who gives up for another reason is lost to the others itself.
+        host.progress().give_up(lost.unwrap_or(host.rank()));
+        self.watcher.finish(Outcome::Failed(lost));
+        Err((suspects, reason))
+    }
+
     /// The fault in terms of ranks.
     fn explain(&self, fault: Fault) -> (Vec<Rank>, BreakReason) {
         let (next, prev) = (self.transport.neighbours.next_rank, self.transport.neighbours.prev_rank);
@@ -372,6 +604,11 @@ impl Ring {
             Fault::System(kind) => (Vec::new(), BreakReason::System { kind }),
         }
     }
+}
+
+/// Whether an operation is done in a wider type, because the sum of a mean may not fit.
+fn needs_wide<T: Element>(op: ReduceOp) -> bool {
+    op == ReduceOp::Mean && size_of::<T>() != size_of::<T::Wide>()
 }
 
 fn lost_neighbour(rank: Rank, kind: ErrorKind) -> (Vec<Rank>, BreakReason) {

@@ -38,7 +38,7 @@
 //! nothing of a coordinator. A proof keeps strangers and stale generations out, but the bytes after it are neither
 //! encrypted nor signed.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod schedule;
 mod word;
@@ -46,8 +46,13 @@ mod word;
 mod element;
 mod reduce;
 
+mod buffer;
 mod call;
+mod host;
+mod meeting;
+mod progress;
 mod ring;
+mod segment;
 mod transport;
 
 mod abort;
@@ -72,6 +77,7 @@ mod wake;
 
 pub use abort::AbortHandle;
 pub use broken::{BreakReason, Broken};
+pub use buffer::Buffer;
 pub use call::{Call, CallKind};
 pub use dial::{DialError, dial};
 pub use door::{ArrivalError, Door, StateConnection};
@@ -80,6 +86,7 @@ pub use form::{FormError, GroupOptions, Place};
 pub use group::Group;
 pub use handshake::{Purpose, RefuseReason};
 pub use listener::{ListenError, Listener, ListenerOptions};
+pub use meeting::SharedMemory;
 pub use reduce::ReduceOp;
 pub use schedule::part;
 pub use secret::Secret;

@@ -2,6 +2,12 @@
 //!
 //! The left operand comes off the wire as bytes that are aligned to nothing. Reading it in arrays of a number's size
 //! lets the compiler use unaligned vector loads, so there is no copy to align it first.
+//!
+//! The loops are compiled twice, for any processor and for those with AVX2, and which one runs is decided when the program
+//! runs. Both do the same operations in the same order: not even a multiplication is fused with an addition, for there is
+//! none. So processors of both kinds compute the same bits.
+
+#![allow(unsafe_code, reason = "calls what is compiled for a processor that this one was found to be")]
 
 use std::fmt;
 
@@ -13,9 +19,10 @@ use half::{bf16, f16};
 ///
 /// Sums of integers wrap around on overflow; those of floats become infinite. A mean is right where its sum would not fit:
 /// `u8` and `i32` are averaged as `i64`, and `f16` as `f32`, which takes as many bytes on the wire. `f16` and `bf16` are
-/// otherwise added as `f32` and rounded once per hop. If any input is NaN, so is the result, for [`Min`](ReduceOp::Min) and [`Max`](ReduceOp::Max) too. The inputs
-/// are added in ring order, which depends on the element's place: the result is bit for bit the same on every rank,
-/// but not the same as a sum from rank 0 up.
+/// otherwise added as `f32` and rounded once per hop, and in shared memory once in all. If any input is NaN, so is the
+/// result, for [`Min`](ReduceOp::Min) and [`Max`](ReduceOp::Max) too. The inputs are added in rank order in shared memory,
+/// and else in ring order, which depends on the element's place: the result is bit for bit the same on every rank, but
+/// not the same in the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ReduceOp {
     /// The sum.
@@ -62,8 +69,50 @@ pub trait Fold: Pod + Send + Sync {
     /// `output[i] = came[i] op own[i]`, where `came` is the numbers' bytes.
     fn fold(op: ReduceOp, came: &[u8], own: &[Self], output: &mut [Self]);
 
+    /// `output[i] = inputs[0][i] op inputs[1][i] op …`, from left to right. There is at least one input.
+    fn combine(op: ReduceOp, inputs: &[&[Self]], output: &mut [Self]);
+
     /// Divides each number by how many ranks there are: what makes a sum a mean.
     fn divide(numbers: &mut [Self], ranks: u32);
+}
+
+/// Does `work`, compiled for the widest vectors that this processor has.
+#[inline(always)]
+fn vectorised<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn with_avx2<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: it has just been detected.
+            return unsafe { with_avx2(work) };
+        }
+    }
+    work()
+}
+
+/// How many bytes of a result are made from all inputs before the next ones: they stay in the first-level cache meanwhile.
+const BLOCK_BYTES: usize = 4096;
+
+/// `output[i] = inputs[0][i] op inputs[1][i] op …`.
+#[inline(always)]
+fn combine_with<T: Copy>(inputs: &[&[T]], output: &mut [T], combine: impl Fn(T, T) -> T) {
+    let (first, others) = inputs.split_first().expect("there is something to combine");
+    assert!(inputs.iter().all(|input| input.len() == output.len()));
+    let Some((second, others)) = others.split_first() else { return output.copy_from_slice(first) };
+    let block = BLOCK_BYTES / size_of::<T>();
+    for start in (0..output.len()).step_by(block) {
+        let end = output.len().min(start + block);
+        let output = &mut output[start..end];
+        for ((output, a), b) in output.iter_mut().zip(&first[start..end]).zip(&second[start..end]) {
+            *output = combine(*a, *b);
+        }
+        for other in others {
+            output.iter_mut().zip(&other[start..end]).for_each(|(a, b)| *a = combine(*a, *b));
+        }
+    }
 }
 
 /// `output[i] = combine(came[i], own[i])`.
@@ -87,11 +136,19 @@ macro_rules! fold_floats {
         $(impl Fold for $float {
             fn fold(op: ReduceOp, came: &[u8], own: &[Self], output: &mut [Self]) {
                 let number = <$float>::from_le_bytes;
-                match op {
+                vectorised(|| match op {
                     ReduceOp::Sum | ReduceOp::Mean => zip_with(came, own, output, number, |a, b| a + b),
                     ReduceOp::Min => zip_with(came, own, output, number, min),
                     ReduceOp::Max => zip_with(came, own, output, number, max),
-                }
+                });
+            }
+
+            fn combine(op: ReduceOp, inputs: &[&[Self]], output: &mut [Self]) {
+                vectorised(|| match op {
+                    ReduceOp::Sum | ReduceOp::Mean => combine_with(inputs, output, |a, b| a + b),
+                    ReduceOp::Min => combine_with(inputs, output, min),
+                    ReduceOp::Max => combine_with(inputs, output, max),
+                });
             }
 
             fn divide(numbers: &mut [Self], ranks: u32) {
@@ -107,11 +164,19 @@ macro_rules! fold_integers {
         $(impl Fold for $integer {
             fn fold(op: ReduceOp, came: &[u8], own: &[Self], output: &mut [Self]) {
                 let number = <$integer>::from_le_bytes;
-                match op {
+                vectorised(|| match op {
                     ReduceOp::Sum | ReduceOp::Mean => zip_with(came, own, output, number, <$integer>::wrapping_add),
                     ReduceOp::Min => zip_with(came, own, output, number, Ord::min),
                     ReduceOp::Max => zip_with(came, own, output, number, Ord::max),
-                }
+                });
+            }
+
+            fn combine(op: ReduceOp, inputs: &[&[Self]], output: &mut [Self]) {
+                vectorised(|| match op {
+                    ReduceOp::Sum | ReduceOp::Mean => combine_with(inputs, output, <$integer>::wrapping_add),
+                    ReduceOp::Min => combine_with(inputs, output, Ord::min),
+                    ReduceOp::Max => combine_with(inputs, output, Ord::max),
+                });
             }
 
             fn divide(numbers: &mut [Self], ranks: u32) {
@@ -128,6 +193,18 @@ macro_rules! fold_integers {
 /// How many halves are widened at a time: few enough to stay in the first-level cache, in all three widths.
 const HALVES: usize = 256;
 
+/// `left[i] = left[i] op right[i]`.
+fn fold_wide(op: ReduceOp, left: &mut [f32], right: &[f32]) {
+    vectorised(|| {
+        let pairs = left.iter_mut().zip(right);
+        match op {
+            ReduceOp::Sum | ReduceOp::Mean => pairs.for_each(|(a, b)| *a += *b),
+            ReduceOp::Min => pairs.for_each(|(a, b)| *a = min(*a, *b)),
+            ReduceOp::Max => pairs.for_each(|(a, b)| *a = max(*a, *b)),
+        }
+    });
+}
+
 macro_rules! fold_halves {
     ($($half:ty),+) => {
         $(impl Fold for $half {
@@ -142,13 +219,24 @@ macro_rules! fold_halves {
                     bytemuck::cast_slice_mut(aligned).copy_from_slice(came);
                     aligned.convert_to_f32_slice(left);
                     own.convert_to_f32_slice(right);
-                    let pairs = left.iter_mut().zip(&*right);
-                    match op {
-                        ReduceOp::Sum | ReduceOp::Mean => pairs.for_each(|(a, b)| *a += *b),
-                        ReduceOp::Min => pairs.for_each(|(a, b)| *a = min(*a, *b)),
-                        ReduceOp::Max => pairs.for_each(|(a, b)| *a = max(*a, *b)),
-                    }
+                    fold_wide(op, left, right);
                     output.convert_from_f32_slice(left);
+                }
+            }
+
+            fn combine(op: ReduceOp, inputs: &[&[Self]], output: &mut [Self]) {
+                let (first, others) = inputs.split_first().expect("there is something to combine");
+                assert!(inputs.iter().all(|input| input.len() == output.len()));
+                let (mut sum, mut other_wide) = ([0f32; HALVES], [0f32; HALVES]);
+                for (at, output) in output.chunks_mut(HALVES).enumerate() {
+                    let place = at * HALVES..at * HALVES + output.len();
+                    let (sum, other_wide) = (&mut sum[..output.len()], &mut other_wide[..output.len()]);
+                    first[place.clone()].convert_to_f32_slice(sum);
+                    for other in others {
+                        other[place.clone()].convert_to_f32_slice(other_wide);
+                        fold_wide(op, sum, other_wide);
+                    }
+                    output.convert_from_f32_slice(sum);
                 }
             }
 
@@ -251,6 +339,45 @@ mod tests {
         let mut mean = [bf16::from_f32(3.0); 300];
         Fold::divide(&mut mean, 2);
         assert_eq!(mean, [bf16::from_f32(1.5); 300]);
+    }
+
+    #[test]
+    fn many_are_combined_from_left_to_right() {
+        fn check<T: Fold + PartialEq + fmt::Debug>(number: impl Fn(usize, usize) -> T) {
+            for (len, count) in [(0, 2), (1, 1), (5, 3), (3000, 2), (3000, 5)] {
+                let inputs: Vec<Vec<T>> =
+                    (0..count).map(|i| (0..len).map(|at| number(i, at)).collect()).collect();
+                let slices: Vec<&[T]> = inputs.iter().map(Vec::as_slice).collect();
+                for op in ReduceOp::ALL {
+                    let mut want = inputs[0].clone();
+                    for input in &inputs[1..] {
+                        let left = want.clone();
+                        T::fold(op, bytemuck::cast_slice(&left), input, &mut want);
+                    }
+                    let mut output = vec![T::zeroed(); len];
+                    T::combine(op, &slices, &mut output);
+                    assert_eq!(output, want, "{op} of {count} times {len}");
+                }
+            }
+        }
+        check(|i, at| 1.0f32 / (1 + i * 7 + at) as f32);
+        check(|i, at| 1.0f64 / (1 + i * 7 + at) as f64);
+        check(|i, at| (i as i32 * 77 - at as i32) << 20);
+        check(|i, at| (i as i64 * 77 - at as i64) << 50);
+        check(|i, at| (i * 91 + at) as u8);
+        // Few enough bits that no hop rounds.
+        check(|i, at| f16::from_f32((i * 8 + at % 64) as f32));
+        check(|i, at| bf16::from_f32((i * 4 + at % 16) as f32));
+    }
+
+    #[test]
+    fn halves_of_many_ranks_are_rounded_once() {
+        // 2048 + 1 is 2048 in sixteen bits, and stays so however often one is added.
+        let inputs = [f16::from_f32(2048.0), f16::ONE, f16::ONE, f16::ONE, f16::ONE].map(|x| [x; 300]);
+        let slices: Vec<&[f16]> = inputs.iter().map(|input| &input[..]).collect();
+        let mut output = [f16::ZERO; 300];
+        f16::combine(ReduceOp::Sum, &slices, &mut output);
+        assert_eq!(output, [f16::from_f32(2052.0); 300]);
     }
 
     #[test]

@@ -108,6 +108,8 @@ pub(crate) struct Limits {
     pub(crate) spin: Duration,
     /// Until then, sleep until there is something to do; after it, give up.
     pub(crate) stall: Duration,
+    /// Give up then in any case.
+    pub(crate) until: Option<Instant>,
 }
 
 /// Runs a collective to its end: the word of all ranks, or why there is none.
@@ -139,9 +141,12 @@ pub(crate) fn drive<T: Element>(
             (run.room, run.bytes) = (true, true);
             continue;
         }
-        let Some(left) = limits.stall.checked_sub(waited).filter(|left| !left.is_zero()) else {
+        let left = limits.stall.saturating_sub(waited);
+        let left =
+            limits.until.map_or(left, |until| left.min(until.saturating_duration_since(Instant::now())));
+        if left.is_zero() {
             return Err(Fault::Stalled { waited, want });
-        };
+        }
         let ready = transport.wait(want, left).map_err(|error| Fault::System(error.kind()))?;
         run.room |= ready.room;
         run.bytes |= ready.bytes;

@@ -7,6 +7,7 @@
 //! one cannot have finished it either: nothing is lost by failing that collective at once, whatever is still unread.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use reknit_membership::ids::Rank;
 use rustix::event::{PollFd, PollFlags};
 
+use crate::abort::Rouse;
 use crate::lock;
 use crate::neighbours::{ENDED, Neighbours};
 use crate::wake::{Wake, poll};
@@ -115,6 +117,8 @@ struct Shared {
     aborted: Arc<Wake>,
     /// Wakes the watcher because `state` has changed.
     changed: Wake,
+    /// Whether the link is no longer sound, readable without the lock.
+    unsound: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -123,13 +127,17 @@ struct State {
     callback: Option<Callback>,
     /// Called when the previous rank has begun a collective that this one has not.
     on_ahead: Option<Box<dyn FnOnce() + Send>>,
+    /// Who is to be woken, if it sleeps, when the link is no longer sound.
+    sleeper: Option<Arc<dyn Rouse>>,
     ended: bool,
 }
 
 impl Watcher {
     pub(crate) fn start(neighbours: Arc<Neighbours>, aborted: Arc<Wake>) -> io::Result<Watcher> {
-        let state = Mutex::new(State { link: Link::Idle, callback: None, on_ahead: None, ended: false });
-        let shared = Arc::new(Shared { neighbours, aborted, changed: Wake::new()?, state });
+        let state = State { link: Link::Idle, callback: None, on_ahead: None, sleeper: None, ended: false };
+        let (changed, state) = (Wake::new()?, Mutex::new(state));
+        let unsound = AtomicBool::new(false);
+        let shared = Arc::new(Shared { neighbours, aborted, changed, unsound, state });
         let watched = shared.clone();
         let thread =
             std::thread::Builder::new().name("reknit-watch".to_owned()).spawn(move || watched.watch())?;
@@ -146,6 +154,26 @@ impl Watcher {
     pub(crate) fn on_ahead(&self, callback: Box<dyn FnOnce() + Send>) {
         lock(&self.shared.state).on_ahead = Some(callback);
         self.shared.changed.signal();
+    }
+
+    /// Has `sleeper` woken once the link is no longer sound, or now if it is not: for collectives that do not wait at the
+    /// connections.
+    pub(crate) fn rouse_when_unsound(&self, sleeper: Arc<dyn Rouse>) {
+        let mut state = lock(&self.shared.state);
+        if !state.link.is_sound() {
+            sleeper.rouse();
+        }
+        state.sleeper = Some(sleeper);
+    }
+
+    /// Whether a neighbour is gone, or the connections are down.
+    pub(crate) fn is_unsound(&self) -> bool {
+        self.shared.unsound.load(Ordering::Acquire)
+    }
+
+    /// The neighbour that is lost, if that is why the link is not sound.
+    pub(crate) fn lost(&self) -> Option<Rank> {
+        lock(&self.shared.state).link.lost()
     }
 
     /// Says that a collective starts, or else which neighbour was lost, if that is why it cannot.
@@ -191,6 +219,12 @@ impl Shared {
         match then {
             Then::ShutDown => self.neighbours.shut_down(),
             Then::Leave => {}
+        }
+        if !link.is_sound()
+            && !self.unsound.swap(true, Ordering::Release)
+            && let Some(sleeper) = &state.sleeper
+        {
+            sleeper.rouse();
         }
         link
     }

@@ -9,10 +9,10 @@ use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BOUND, Chance, Cut, World, each, index, relay, seed, together};
+use common::{BOUND, Chance, Cut, WAYS, World, each, index, relay, seed, together};
 use reknit_collectives::{
     AbortHandle, BreakReason, Broken, Call, CallKind, ControlWord, DType, FormError, Group, GroupOptions,
-    Place, Purpose, ReduceOp, dial,
+    Place, Purpose, ReduceOp, SharedMemory, dial,
 };
 use reknit_membership::ids::{Generation, Rank, WorldSize};
 
@@ -23,7 +23,17 @@ const PROMPT: Duration = Duration::from_secs(5);
 
 /// Nothing in these tests stalls for so long, so that nothing ends by a time-out unless a test shortens it.
 fn options() -> GroupOptions {
-    GroupOptions { chunk_bytes: 4096, stall: BOUND * 2, ..GroupOptions::default() }
+    options_of(SharedMemory::Unasked)
+}
+
+fn options_of(shared_memory: SharedMemory) -> GroupOptions {
+    GroupOptions { chunk_bytes: 4096, stall: BOUND * 2, shared_memory, ..GroupOptions::default() }
+}
+
+/// Worlds of these sizes, joined in every way.
+fn worlds(sizes: impl IntoIterator<Item = usize>) -> impl Iterator<Item = (usize, World)> {
+    let both = |size| WAYS.map(|way| (size, World::with(size, options_of(way))));
+    sizes.into_iter().flat_map(both)
 }
 
 /// A rank's numbers: their bits differ from rank to rank, also where their values are equal.
@@ -52,7 +62,9 @@ fn reduce_in_a_dying_ring(group: &mut Group, len: usize, context: &str) -> Resul
     assert!(matches!(broken.reason, BreakReason::NeighbourLost { .. }), "{context}: {broken:?}");
     let next = Rank((group.rank().0 + 1) % group.size().0);
     let prev = Rank((group.rank().0 + group.size().0 - 1) % group.size().0);
-    assert!(broken.suspects == [next] || broken.suspects == [prev], "{context}: {broken:?}");
+    // In shared memory all hear of the same loss.
+    let is_neighbour = broken.suspects == [next] || broken.suspects == [prev] || group.shares_memory();
+    assert!(is_neighbour && broken.suspects.len() == 1, "{context}: {broken:?}");
     Err(broken)
 }
 
@@ -117,8 +129,7 @@ fn a_link_cut_after_the_last_byte_breaks_nobody() {
 
 #[test]
 fn a_rank_that_leaves_instead_of_calling_breaks_all_the_others() {
-    for size in 2..=6 {
-        let mut world = World::with(size, options());
+    for (size, mut world) in worlds(2..=6) {
         for leaver in 0..size {
             let works = world.form().into_iter().map(|mut group| {
                 move || match index(&group) == leaver {
@@ -137,8 +148,7 @@ fn a_rank_that_leaves_instead_of_calling_breaks_all_the_others() {
 
 #[test]
 fn a_rank_that_finishes_a_collective_and_leaves_makes_no_other_fail_it() {
-    for size in 2..=4 {
-        let mut world = World::with(size, options());
+    for (size, mut world) in worlds(2..=4) {
         for round in 0..60 {
             let len = [0, 1, 50, 3000][round % 4];
             let works = world.form().into_iter().map(|mut group| {
@@ -161,8 +171,7 @@ fn a_rank_that_finishes_a_collective_and_leaves_makes_no_other_fail_it() {
 fn an_abort_at_any_instant_ends_every_rank() {
     let seed = seed("an_abort_at_any_instant");
     let mut chance = Chance(seed);
-    for size in [1, 2, 4] {
-        let mut world = World::with(size, options());
+    for (size, mut world) in worlds([1, 2, 4]) {
         for round in 0..60 {
             let groups = world.form();
             let victim = chance.below(size as u64) as usize;
@@ -283,8 +292,14 @@ fn a_callback_may_drop_its_own_group() {
 
 #[test]
 fn a_rank_that_never_calls_stalls_the_others_who_say_so() {
+    for way in WAYS {
+        check_stall(way);
+    }
+}
+
+fn check_stall(way: SharedMemory) {
     let stall = Duration::from_millis(200);
-    let groups = World::with(3, GroupOptions { stall, ..options() }).form();
+    let groups = World::with(3, GroupOptions { stall, ..options_of(way) }).form();
     let start = Instant::now();
     let (_, results) = each(groups, move |group| match index(group) {
         // It holds its connections open, but does nothing until the others are through.
@@ -340,8 +355,14 @@ fn a_next_rank_that_is_gone_is_noticed_though_the_previous_one_is_alive_and_sile
 
 #[test]
 fn a_stall_is_counted_from_the_last_byte_that_moved() {
+    for way in WAYS {
+        check_stall_of_eight(way);
+    }
+}
+
+fn check_stall_of_eight(way: SharedMemory) {
     let stall = Duration::from_millis(400);
-    let groups = World::with(2, GroupOptions { stall, ..options() }).form();
+    let groups = World::with(2, GroupOptions { stall, ..options_of(way) }).form();
     let (_, results) = each(groups, move |group| {
         let start = Instant::now();
         for _ in 0..8 {
@@ -357,7 +378,12 @@ fn a_stall_is_counted_from_the_last_byte_that_moved() {
 
 #[test]
 fn two_ranks_that_call_different_things_both_say_what() {
-    let mut world = World::with(2, options());
+    for (_, mut world) in worlds([2]) {
+        check_two_that_differ(&mut world);
+    }
+}
+
+fn check_two_that_differ(world: &mut World) {
     for round in 0..20 {
         let groups = world.form();
         let (_, results) = each(groups, move |group| {
@@ -372,15 +398,14 @@ fn two_ranks_that_call_different_things_both_say_what() {
         let reduce = Call { sequence: 1, kind, count: 4 };
         assert_eq!(results[round % 2], BreakReason::Mismatch { ours: barrier, theirs: reduce });
         assert_eq!(results[1 - round % 2], BreakReason::Mismatch { ours: reduce, theirs: barrier });
-        let text = "this rank called barrier #1, the rank before it called all_reduce #1 (min) of 4 u8";
+        let text = "this rank called barrier #1, another one called all_reduce #1 (min) of 4 u8";
         assert_eq!(results[round % 2].to_string(), text);
     }
 }
 
 #[test]
 fn a_rank_that_calls_something_else_breaks_everybody_and_somebody_says_why() {
-    for size in 3..=5 {
-        let mut world = World::with(size, options());
+    for (size, mut world) in worlds(3..=5) {
         for odd in 0..size {
             let (_, results) = each(world.form(), move |group| match index(group) == odd {
                 true => group.all_reduce(&mut [0f32; 1001], ReduceOp::Sum, NONE).unwrap_err(),
@@ -394,8 +419,12 @@ fn a_rank_that_calls_something_else_breaks_everybody_and_somebody_says_why() {
 
 #[test]
 fn a_wait_too_long_for_the_clock_is_as_good_as_one_for_ever() {
-    let options =
-        GroupOptions { form: Duration::MAX, stall: Duration::MAX, spin: Duration::ZERO, chunk_bytes: 0 };
+    WAYS.into_iter().for_each(check_endless);
+}
+
+fn check_endless(shared_memory: SharedMemory) {
+    let (form, stall, spin) = (Duration::MAX, Duration::MAX, Duration::ZERO);
+    let options = GroupOptions { form, stall, spin, chunk_bytes: 0, shared_memory };
     let mut groups = World::with(2, options).form();
     let last = groups.remove(1);
     let works: Vec<Box<dyn FnOnce() -> bool + Send>> = vec![
@@ -452,4 +481,86 @@ fn a_handle_aborted_before_forming_forms_nothing() {
     abort.abort(BreakReason::Aborted);
     let result = Group::form(&door, &place, &options(), abort);
     assert!(matches!(result, Err(FormError::Aborted { reason: BreakReason::Aborted })));
+}
+
+#[test]
+fn who_adds_in_place_and_who_does_not_may_meet() {
+    for (size, mut world) in worlds(2..=4) {
+        for odd in 0..size {
+            each(world.form(), move |group| {
+                // The second time it needs no new memory, the third time more.
+                for len in [30_000, 20_000, 600_000, 1] {
+                    let mut data = input(index(group), len);
+                    if index(group) == odd {
+                        group.all_reduce(&mut data, ReduceOp::Sum, NONE).unwrap();
+                    } else {
+                        let own = data.clone();
+                        group.all_reduce_into(&own, &mut data, ReduceOp::Sum, NONE).unwrap();
+                    }
+                    assert!(data == sums(size, len), "{len} numbers, {odd} of {size} in place");
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn ranks_of_which_one_declines_do_not_share_memory() {
+    let mut world = World::with(3, options_of(SharedMemory::Offered));
+    let groups = world.form_each(|rank, options| {
+        options.shared_memory = if rank == 1 { SharedMemory::Declined } else { SharedMemory::Offered };
+    });
+    each(groups, |group| {
+        assert!(!group.shares_memory());
+        let mut buffer = group.buffer::<f64>(1000).unwrap();
+        buffer.copy_from_slice(&input(index(group), 1000));
+        group.all_reduce_buffer(&mut buffer, ReduceOp::Sum, NONE).unwrap();
+        assert!(buffer.result() == sums(3, 1000));
+    });
+}
+
+#[test]
+fn a_buffer_outlives_its_group_and_is_added_again_in_the_next() {
+    let mut world = World::with(3, options_of(SharedMemory::Offered));
+    let (mut groups, mut buffers) = each(world.form(), |group| {
+        let mut buffer = group.buffer::<f64>(5000).unwrap();
+        buffer.copy_from_slice(&input(index(group), 5000));
+        buffer
+    });
+    drop(groups.remove(0));
+    buffers.remove(0);
+    let works = groups.into_iter().zip(buffers).map(|(mut group, mut buffer)| {
+        move || {
+            assert!(group.all_reduce_buffer(&mut buffer, ReduceOp::Sum, NONE).is_err());
+            assert_eq!(buffer.result(), [], "what was there is no result any more");
+            assert!(bits(&buffer) == bits(&input(index(&group), 5000)), "C-2");
+            buffer
+        }
+    });
+    let survivors = std::sync::Mutex::new(together(works.collect()));
+    let survivors = Arc::new(survivors);
+    let mut world = World::with(2, options_of(SharedMemory::Offered));
+    each(world.form(), move |group| {
+        let mut buffer = {
+            let mut survivors = survivors.lock().unwrap();
+            let own = input(index(group) + 1, 5000);
+            let at = survivors.iter().position(|buffer| buffer[..] == own[..]).unwrap();
+            survivors.remove(at)
+        };
+        group.all_reduce_buffer(&mut buffer, ReduceOp::Sum, NONE).unwrap();
+        let want: Vec<f64> = input(1, 5000).iter().zip(input(2, 5000)).map(|(a, b)| a + b).collect();
+        assert!(buffer.result() == want, "exactly the sum of who is left");
+    });
+}
+
+#[test]
+fn who_takes_another_buffer_than_the_others_is_told() {
+    let groups = World::with(2, options_of(SharedMemory::Offered)).form();
+    let (_, results) = each(groups, |group| {
+        let mut buffers = [group.buffer::<u8>(64).unwrap(), group.buffer::<u8>(64).unwrap()];
+        group.all_reduce_buffer(&mut buffers[index(group)], ReduceOp::Max, NONE).unwrap_err().reason
+    });
+    assert!(results.iter().all(|reason| matches!(reason, BreakReason::Mismatch { .. })), "C-7: {results:?}");
+    let text = results[0].to_string();
+    assert!(text.contains("buffer 0 of 64 u8") && text.contains("buffer 1 of 64 u8"), "{text}");
 }

@@ -9,16 +9,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 
-use common::{BOUND, Chance, World, each, index, seed};
+use common::{BOUND, Chance, WAYS, World, each, index, seed};
 use half::{bf16, f16};
-use reknit_collectives::{ControlWord, Element, Group, GroupOptions, ReduceOp, part};
+use reknit_collectives::{ControlWord, Element, Group, GroupOptions, ReduceOp, SharedMemory, part};
 use reknit_membership::ids::{Rank, WorldSize};
 
 const LENS: [usize; 9] = [0, 1, 2, 3, 7, 64, 1000, 1023, 40_000];
 
 /// Chunks so small that 40,000 numbers are many of them.
-fn small_chunks() -> GroupOptions {
-    GroupOptions { chunk_bytes: 4096, ..GroupOptions::default() }
+fn small_chunks(shared_memory: SharedMemory) -> GroupOptions {
+    GroupOptions { chunk_bytes: 4096, shared_memory, ..GroupOptions::default() }
+}
+
+/// Worlds of these sizes, joined in every way.
+fn worlds(sizes: impl IntoIterator<Item = usize>) -> impl Iterator<Item = (usize, World)> {
+    let both = |size| WAYS.map(|way| (size, World::with(size, small_chunks(way))));
+    sizes.into_iter().flat_map(both)
 }
 
 /// A rank's number at an index. Small whole numbers: their sum is exact in any order and type.
@@ -44,8 +50,8 @@ fn all_flags(size: usize) -> ControlWord {
 
 #[test]
 fn an_all_reduce_gives_every_rank_the_sum_and_the_union_of_the_words() {
-    for size in 1..=8 {
-        let (_, oks) = each(World::with(size, small_chunks()).form(), move |group| {
+    for (size, mut world) in worlds(1..=8) {
+        let (_, oks) = each(world.form(), move |group| {
             for len in LENS {
                 let mut data = numbers(index(group), len);
                 let word = group.all_reduce(&mut data, ReduceOp::Sum, own_flag(group)).unwrap();
@@ -65,7 +71,7 @@ fn an_all_reduce_gives_every_rank_the_sum_and_the_union_of_the_words() {
 #[test]
 fn a_sum_without_the_word_is_the_same_sum() {
     for size in [2, 3, 4] {
-        each(World::with(size, small_chunks()).form(), move |group| {
+        each(World::with(size, small_chunks(SharedMemory::Unasked)).form(), move |group| {
             for (round, len) in LENS.into_iter().filter(|len| *len >= size).enumerate() {
                 group.carry_word(round % 2 == 1);
                 let mut data = numbers(index(group), len);
@@ -80,9 +86,10 @@ fn a_sum_without_the_word_is_the_same_sum() {
 
 #[test]
 fn many_times_the_chunks_and_the_kernels_buffers_get_around() {
-    for size in [2, 3, 5] {
+    for (size, way) in [2, 3, 5].into_iter().flat_map(|size| WAYS.map(|way| (size, way))) {
         let len = 3_000_001;
-        let (_, right) = each(World::new(size).form(), move |group| {
+        let options = GroupOptions { shared_memory: way, ..GroupOptions::default() };
+        let (_, right) = each(World::with(size, options).form(), move |group| {
             let mut data = numbers(index(group), len);
             group.all_reduce(&mut data, ReduceOp::Sum, ControlWord::NONE).unwrap();
             data == sums(size, len)
@@ -93,8 +100,8 @@ fn many_times_the_chunks_and_the_kernels_buffers_get_around() {
 
 #[test]
 fn the_parts_and_their_gathering_are_the_two_halves_of_an_all_reduce() {
-    for size in 1..=8 {
-        each(World::with(size, small_chunks()).form(), move |group| {
+    for (size, mut world) in worlds(1..=8) {
+        each(world.form(), move |group| {
             for len in LENS {
                 let own = part(len, WorldSize(size as u32), group.rank());
                 let input = numbers(index(group), len);
@@ -116,8 +123,8 @@ fn the_parts_and_their_gathering_are_the_two_halves_of_an_all_reduce() {
 
 #[test]
 fn a_broadcast_gives_every_rank_the_roots_numbers() {
-    for size in 1..=8 {
-        each(World::with(size, small_chunks()).form(), move |group| {
+    for (size, mut world) in worlds(1..=8) {
+        each(world.form(), move |group| {
             for len in LENS {
                 for root in 0..size {
                     let mut data = numbers(index(group), len);
@@ -132,10 +139,10 @@ fn a_broadcast_gives_every_rank_the_roots_numbers() {
 
 #[test]
 fn nobody_leaves_a_barrier_before_everybody_has_entered_it() {
-    for size in 1..=8 {
+    for (size, mut world) in worlds(1..=8) {
         let entered = Arc::new(AtomicUsize::new(0));
         let seen = entered.clone();
-        each(World::new(size).form(), move |group| {
+        each(world.form(), move |group| {
             for round in 1..=200 {
                 seen.fetch_add(1, Ordering::SeqCst);
                 let word = group.barrier(own_flag(group)).unwrap();
@@ -222,6 +229,12 @@ fn check_reductions<T: Number>(group: &mut Group, op: ReduceOp, len: usize) {
     group.all_reduce(&mut in_place, op, ControlWord::NONE).unwrap();
     assert_eq!(in_place, output, "{context}");
 
+    let mut buffer = group.buffer::<T>(len).unwrap();
+    assert!(buffer.iter().all(|x| x.to() == 0.0) && buffer.result().is_empty(), "{context}");
+    buffer.copy_from_slice(&input);
+    group.all_reduce_buffer(&mut buffer, op, ControlWord::NONE).unwrap();
+    assert_eq!((buffer.result(), &buffer[..]), (&output[..], &input[..]), "{context}");
+
     let own_part = part(len, group.size(), group.rank());
     let mut scattered = vec![T::from(3.0); own_part.len()];
     group.reduce_scatter(&input, &mut scattered, op, ControlWord::NONE).unwrap();
@@ -261,8 +274,8 @@ fn check_type<T: Number>(groups: Vec<Group>) -> Vec<Group> {
 
 #[test]
 fn every_operation_works_on_every_type_in_every_world() {
-    for size in 1..=8 {
-        let mut groups = World::with(size, small_chunks()).form();
+    for (_, mut world) in worlds(1..=8) {
+        let mut groups = world.form();
         groups = check_type::<f32>(groups);
         groups = check_type::<f64>(groups);
         groups = check_type::<f16>(groups);
@@ -286,9 +299,9 @@ fn bits(numbers: &[f32]) -> Vec<u32> {
 #[test]
 fn every_rank_gets_the_same_bits_where_the_order_of_adding_matters() {
     let seed = seed("every_rank_gets_the_same_bits");
-    for size in 2..=8 {
+    for (size, mut world) in worlds(2..=8) {
         for op in ReduceOp::ALL {
-            let (_, results) = each(World::new(size).form(), move |group| {
+            let (_, results) = each(world.form(), move |group| {
                 let mut data = wild(seed, index(group), 10_007);
                 group.all_reduce(&mut data, op, ControlWord::NONE).unwrap();
                 bits(&data)
@@ -304,8 +317,8 @@ fn every_rank_gets_the_same_bits_where_the_order_of_adding_matters() {
 #[test]
 fn collectives_of_all_kinds_follow_each_other_without_a_pause() {
     let seed = seed("collectives_of_all_kinds");
-    for size in [2, 3, 4] {
-        each(World::with(size, small_chunks()).form(), move |group| {
+    for (size, mut world) in worlds([2, 3, 4]) {
+        each(world.form(), move |group| {
             // All ranks draw the same numbers.
             let mut chance = Chance(seed);
             for _ in 0..300 {
@@ -340,7 +353,7 @@ fn collectives_of_all_kinds_follow_each_other_without_a_pause() {
 
 #[test]
 fn who_begins_a_collective_wakes_the_others_one_after_the_other() {
-    let mut groups = World::with(4, small_chunks()).form();
+    let mut groups = World::with(4, small_chunks(SharedMemory::Unasked)).form();
     for round in 0..3 {
         let (tell, told) = mpsc::channel();
         for (rank, group) in groups.iter_mut().enumerate() {
@@ -364,7 +377,7 @@ fn who_begins_a_collective_wakes_the_others_one_after_the_other() {
             }
         });
     }
-    let mut alone = World::with(1, small_chunks()).form();
+    let mut alone = World::with(1, small_chunks(SharedMemory::Unasked)).form();
     alone[0].on_neighbour_ahead(|| panic!("there is no neighbour"));
     alone[0].barrier(ControlWord::default()).unwrap();
 }

@@ -11,7 +11,9 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use reknit_collectives::{AbortHandle, Group, GroupOptions, Listener, ListenerOptions, Place, Secret};
+use reknit_collectives::{
+    AbortHandle, Group, GroupOptions, Listener, ListenerOptions, Place, Secret, SharedMemory,
+};
 use reknit_membership::ids::{Generation, Rank, WorldSize};
 
 /// Longer than anything here takes on a busy machine. What is not over by then hangs.
@@ -35,6 +37,13 @@ pub(crate) fn listener_with(options: ListenerOptions) -> Listener {
     Listener::bind("127.0.0.1:0".parse().unwrap(), options).unwrap()
 }
 
+/// The ways in which ranks of one host can be joined.
+pub(crate) const WAYS: [SharedMemory; 2] = [SharedMemory::Unasked, SharedMemory::Offered];
+
+pub(crate) fn over_tcp(options: GroupOptions) -> GroupOptions {
+    GroupOptions { shared_memory: SharedMemory::Unasked, ..options }
+}
+
 /// So many ranks, each with its listener, that form one group after another.
 pub(crate) struct World {
     listeners: Vec<Arc<Listener>>,
@@ -44,7 +53,7 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(size: usize) -> World {
-        World::with(size, GroupOptions::default())
+        World::with(size, over_tcp(GroupOptions::default()))
     }
 
     pub(crate) fn with(size: usize, options: GroupOptions) -> World {
@@ -61,14 +70,28 @@ impl World {
         self.form_via(|_, next| next)
     }
 
+    /// The next generation's groups, with options of their own.
+    pub(crate) fn form_each(&mut self, change: impl Fn(usize, &mut GroupOptions)) -> Vec<Group> {
+        self.form_with(|_, next| next, change)
+    }
+
     /// The next generation's groups; `via` may put another address in place of that of a rank's next.
     pub(crate) fn form_via(&mut self, via: impl Fn(usize, SocketAddr) -> SocketAddr) -> Vec<Group> {
+        self.form_with(via, |_, _| {})
+    }
+
+    fn form_with(
+        &mut self,
+        via: impl Fn(usize, SocketAddr) -> SocketAddr,
+        change: impl Fn(usize, &mut GroupOptions),
+    ) -> Vec<Group> {
         self.generation += 1;
         let generation = Generation(self.generation);
         let size = self.listeners.len();
         let forming = (0..size).map(|rank| {
             let listener = self.listeners[rank].clone();
-            let options = self.options.clone();
+            let mut options = self.options.clone();
+            change(rank, &mut options);
             let place = Place {
                 generation,
                 rank: Rank(rank as u32),
