@@ -16,7 +16,7 @@ use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
 use crate::element::Element;
-use crate::host::{Inputs, elements, elements_mut};
+use crate::inputs::{Inputs, elements, elements_mut};
 use crate::reduce::ReduceOp;
 use crate::segment::{PAGE, Segment};
 
@@ -158,7 +158,7 @@ impl<T: Element> Buffer<T> {
         let result = unsafe { elements_mut::<T>(segment, offset(halls.result()), part.len()) };
         // SAFETY: the caller's.
         let of = |rank| unsafe { elements::<T>(segment, offset(halls.of(rank)), part.len()) };
-        Inputs::new(0..halls.ranks, of).combine(op, halls.ranks, result);
+        Inputs::new(0..halls.ranks, of).combine(op, result);
     }
 }
 

@@ -1,14 +1,12 @@
 //! The live ring of one world, and the collectives that run on it.
 
 use std::fmt;
-use std::io::ErrorKind;
-use std::sync::Arc;
 use std::time::Instant;
 
 use bytemuck::Zeroable;
 use reknit_membership::ids::{Generation, Rank, WorldSize};
 
-use crate::abort::{AbortHandle, Attached, Rouse};
+use crate::abort::AbortHandle;
 use crate::broken::{BreakReason, Broken};
 use crate::buffer::Buffer;
 use crate::call::{Call, CallKind};
@@ -16,20 +14,13 @@ use crate::door::Door;
 use crate::element::Element;
 use crate::form::{FormError, GroupOptions, Place, connect};
 use crate::host::{Host, HostFault, Operands};
+use crate::links::{Links, chunk_bytes};
 use crate::meeting::{CARD_BYTES, Card, SharedMemory, Stake, window};
-use crate::neighbours::TcpTransport;
 use crate::patience::after;
-use crate::progress::{Progress, Stuck};
+use crate::progress::Stop;
 use crate::reduce::ReduceOp;
-use crate::ring::{Fault, HEAD_BYTES, Limits, Run, Seat, drive};
 use crate::schedule::part;
-use crate::wake::Wake;
-use crate::watcher::{Outcome, Watcher};
 use crate::word::ControlWord;
-
-/// The smallest and the largest chunk that [`GroupOptions::chunk_bytes`] can ask for.
-const CHUNK_BYTES_MIN: usize = 4 << 10;
-const CHUNK_BYTES_MAX: usize = 16 << 20;
 
 /// The live connections of one rank in one world's ring.
 ///
@@ -45,33 +36,12 @@ pub struct Group {
     size: WorldSize,
     abort: AbortHandle,
     /// Nothing in a world of one.
-    ring: Option<Ring>,
+    links: Option<Links>,
     broken: Option<Broken>,
     sequence: u64,
     /// Room for the elements of an operation that may not touch its caller's before it has succeeded. It stays as
     /// large as the largest one so far. Made of `u64`s so that it is aligned for every type of element.
     scratch: Vec<u64>,
-}
-
-struct Ring {
-    transport: TcpTransport,
-    watcher: Watcher,
-    staging: Vec<u8>,
-    seat: Seat,
-    limits: Limits,
-    /// Whether the control word travels; always, but to measure what that costs.
-    carries_word: bool,
-    abort: AbortHandle,
-    /// What all ranks share, if they are on one host. The ring then only tells of losses.
-    host: Option<Host>,
-    _attached: Vec<Attached>,
-}
-
-/// Who waits in shared memory looks up when this is roused.
-impl Rouse for Progress {
-    fn rouse(&self) {
-        self.ring();
-    }
 }
 
 impl Group {
@@ -87,36 +57,15 @@ impl Group {
     ) -> Result<Group, FormError> {
         let Place { generation, rank, size, .. } = *place;
         let until = after(Instant::now(), options.form);
-        let ring = match connect(door, place, options, &abort)? {
+        let links = match connect(door, place, options, &abort)? {
             None => None,
             Some(neighbours) => {
-                let system = |source| FormError::System { source };
-                let neighbours = Arc::new(neighbours);
-                let aborted = Arc::new(Wake::new().map_err(system)?);
-                let attached = abort.attach(aborted.clone());
-                let watcher = Watcher::start(neighbours.clone(), aborted.clone()).map_err(system)?;
-                // A frame of so many chunks moves in so many pieces, its head included.
-                let staging =
-                    vec![0; HEAD_BYTES + options.chunk_bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)];
-                let seat = Seat { size, rank, prev: neighbours.prev_rank };
-                let limits = Limits { spin: options.spin, stall: options.stall, until: None };
-                let transport = TcpTransport { neighbours, aborted };
-                let abort = abort.clone();
-                Some(Ring {
-                    transport,
-                    watcher,
-                    staging,
-                    seat,
-                    limits,
-                    carries_word: true,
-                    abort,
-                    host: None,
-                    _attached: vec![attached],
-                })
+                let links = Links::new(neighbours, place, options, &abort);
+                Some(links.map_err(|source| FormError::System { source })?)
             }
         };
         let mut group =
-            Group { generation, rank, size, abort, ring, broken: None, sequence: 0, scratch: Vec::new() };
+            Group { generation, rank, size, abort, links, broken: None, sequence: 0, scratch: Vec::new() };
         match options.shared_memory {
             SharedMemory::Offered | SharedMemory::Declined => group.meet(options, until)?,
             SharedMemory::Unasked => {}
@@ -126,15 +75,14 @@ impl Group {
 
     /// Finds out whether all ranks share a host, and has them share memory if so.
     fn meet(&mut self, options: &GroupOptions, until: Instant) -> Result<(), FormError> {
-        let Some(ring) = &mut self.ring else { return Ok(()) };
-        ring.limits.until = Some(until);
+        let Some(links) = &mut self.links else { return Ok(()) };
+        links.limits.until = Some(until);
         let failed = |source: Broken| match source.reason {
             BreakReason::Aborted => FormError::Aborted { reason: source.reason },
             _ => FormError::Meeting { source },
         };
-        let chunk_bytes = options.chunk_bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX);
-        let stake = Stake::new(options.shared_memory, self.size, window(chunk_bytes));
-        let (own, size, layout) = (self.rank.0 as usize, self.size.0 as usize, stake.layout());
+        let stake = Stake::new(options.shared_memory, self.size, window(chunk_bytes(options), self.size));
+        let (own, size) = (self.rank.0 as usize, self.size.0 as usize);
         let mut table = vec![0; size * CARD_BYTES];
         self.all_gather(&stake.card.to_bytes(), &mut table, ControlWord::NONE).map_err(failed)?;
         let cards: Vec<Card> = table.as_chunks().0.iter().map(Card::from_bytes).collect();
@@ -142,17 +90,12 @@ impl Group {
         if let Some(shared) = stake.share(&cards, own) {
             let word = if shared.is_ok() { ControlWord::NONE } else { ControlWord::FAILED };
             let word = self.barrier(word).map_err(failed)?;
-            if let (Ok(mut segment), ControlWord::NONE, Some(ring)) = (shared, word, &mut self.ring) {
-                // All have opened it who ever will.
-                segment.close();
-                let host = Host::new(segment, layout, own, options.spin, options.stall);
-                ring.watcher.rouse_when_unsound(Arc::new(host.progress().clone()));
-                ring._attached.push(self.abort.attach(Arc::new(host.progress().clone())));
-                ring.host = Some(host);
+            if let (Ok((segment, layout)), ControlWord::NONE, Some(links)) = (shared, word, &mut self.links) {
+                links.share(segment, layout, options);
             }
         }
-        if let Some(ring) = &mut self.ring {
-            ring.limits.until = None;
+        if let Some(links) = &mut self.links {
+            links.limits.until = None;
         }
         // What is counted are the caller's.
         self.sequence = 0;
@@ -161,7 +104,7 @@ impl Group {
 
     /// Whether all ranks are on one host and share memory.
     pub fn shares_memory(&self) -> bool {
-        self.ring.as_ref().is_some_and(|ring| ring.host.is_some())
+        self.links.as_ref().is_some_and(|links| links.host.is_some())
     }
 
     /// This rank.
@@ -191,8 +134,8 @@ impl Group {
     /// A neighbour that leaves in good order looks the same as one that dies, and one that passes a break on does too.
     /// The callback should be short: dropping the group waits for it. Setting another one replaces the first.
     pub fn on_neighbour_lost(&mut self, callback: impl FnOnce(Rank) + Send + 'static) {
-        if let Some(ring) = &self.ring {
-            ring.watcher.on_lost(Box::new(callback));
+        if let Some(links) = &self.links {
+            links.watcher.on_lost(Box::new(callback));
         }
     }
 
@@ -204,8 +147,8 @@ impl Group {
     /// It is never called in a group that [shares memory](Group::shares_memory), where no message tells of a collective:
     /// who needs it forms the group with [`SharedMemory::Unasked`].
     pub fn on_neighbour_ahead(&mut self, callback: impl FnOnce() + Send + 'static) {
-        if let Some(ring) = &self.ring {
-            ring.watcher.on_ahead(Box::new(callback));
+        if let Some(links) = &self.links {
+            links.watcher.on_ahead(Box::new(callback));
         }
     }
 
@@ -213,8 +156,8 @@ impl Group {
     /// ranks must do so at the same time, no part may be empty, and the words that calls return mean nothing.
     #[doc(hidden)]
     pub fn carry_word(&mut self, carry: bool) {
-        if let Some(ring) = &mut self.ring {
-            ring.carries_word = carry;
+        if let Some(links) = &mut self.links {
+            links.carries_word = carry;
         }
     }
 
@@ -287,7 +230,7 @@ impl Group {
         word: ControlWord,
     ) -> Result<ControlWord, Broken> {
         buffer.set_has_result(false);
-        let home = self.ring.as_ref().and_then(|ring| ring.host.as_ref());
+        let home = self.links.as_ref().and_then(|links| links.host.as_ref());
         let shared = home.and_then(|host| buffer.id_at(host.segment()));
         let result = match shared {
             Some(id) if !needs_wide::<T>(op) => {
@@ -429,15 +372,15 @@ impl Group {
         kind: CallKind,
         count: usize,
         word: ControlWord,
-        work: impl FnOnce(&mut Host, Call, &dyn Fn() -> bool) -> Result<ControlWord, HostFault>,
+        work: impl FnOnce(&mut Host, Call, &dyn Fn() -> Option<Stop>) -> Result<ControlWord, HostFault>,
     ) -> Result<ControlWord, Broken> {
         if let Some(broken) = &self.broken {
             return Err(broken.clone());
         }
         let call = Call { sequence: self.sequence, kind, count: count as u64 };
         self.sequence += 1;
-        let result = match &mut self.ring {
-            Some(ring) => ring.run_on_host(|host, stop| work(host, call, stop)),
+        let result = match &mut self.links {
+            Some(links) => links.run_on_host(|host, stop| work(host, call, stop)),
             None => Ok(word),
         };
         self.ended(result)
@@ -457,7 +400,7 @@ impl Group {
         }
         let call = Call { sequence: self.sequence, kind, count };
         self.sequence += 1;
-        let result = match &mut self.ring {
+        let result = match &mut self.links {
             None if self.abort.is_aborted() => Err((Vec::new(), BreakReason::Aborted)),
             None => {
                 // With one rank every result is its input. The collectives that are no reductions have it in place.
@@ -466,7 +409,7 @@ impl Group {
                 }
                 Ok(word)
             }
-            Some(ring) => ring.run(call, input, work, word),
+            Some(links) => links.run(call, input, work, word),
         };
         self.ended(result)
     }
@@ -507,110 +450,7 @@ impl fmt::Debug for Group {
     }
 }
 
-impl Ring {
-    fn run<T: Element>(
-        &mut self,
-        call: Call,
-        input: &[T],
-        work: &mut [T],
-        word: ControlWord,
-    ) -> Result<ControlWord, (Vec<Rank>, BreakReason)> {
-        self.watcher.begin().map_err(|lost| match lost {
-            Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
-            None => (Vec::new(), BreakReason::Aborted),
-        })?;
-        let mut run = Run::new(call, self.seat, input, work, &mut self.staging, word);
-        if !self.carries_word {
-            run = run.without_word();
-        }
-        match drive(run, &mut self.transport, &self.abort, self.limits) {
-            Ok(word) => {
-                self.watcher.finish(Outcome::Done);
-                Ok(word)
-            }
-            Err(fault) => {
-                let (suspects, reason) = self.explain(fault);
-                // After an abort it was this side that ended the connections.
-                let lost = match reason {
-                    BreakReason::NeighbourLost { rank, .. } if !self.abort.is_aborted() => Some(rank),
-                    BreakReason::NeighbourLost { .. }
-                    | BreakReason::Stalled { .. }
-                    | BreakReason::Aborted
-                    | BreakReason::Mismatch { .. }
-                    | BreakReason::Protocol { .. }
-                    | BreakReason::System { .. } => None,
-                };
-                self.watcher.finish(Outcome::Failed(lost));
-                Err((suspects, reason))
-            }
-        }
-    }
-
-    fn run_on_host(
-        &mut self,
-        work: impl FnOnce(&mut Host, &dyn Fn() -> bool) -> Result<ControlWord, HostFault>,
-    ) -> Result<ControlWord, (Vec<Rank>, BreakReason)> {
-        self.watcher.begin().map_err(|lost| match lost {
-            Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
-            None => (Vec::new(), BreakReason::Aborted),
-        })?;
-        let host = self.host.as_mut().expect("asked before");
-        let (watcher, abort) = (&self.watcher, &self.abort);
-        let fault = match work(host, &|| abort.is_aborted() || watcher.is_unsound()) {
-            Ok(word) => {
-                self.watcher.finish(Outcome::Done);
-                return Ok(word);
-            }
-            Err(fault) => fault,
-        };
-        let (suspects, reason) = match fault {
-            HostFault::Stuck(Stuck::GivenUp(rank)) => lost_neighbour(rank, ErrorKind::ConnectionAborted),
-            HostFault::Stuck(Stuck::Stopped) => match watcher.lost() {
-                Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
-                None => (Vec::new(), BreakReason::Aborted),
-            },
-            HostFault::Stuck(Stuck::Stalled { waited, late }) => (late, BreakReason::Stalled { waited }),
-            HostFault::Mismatch { ours, theirs, rank } => {
-                (vec![rank], BreakReason::Mismatch { ours, theirs })
-            }
-            HostFault::Protocol { what, rank } => (vec![rank], BreakReason::Protocol { what }),
-            HostFault::System(kind) => (Vec::new(), BreakReason::System { kind }),
-        };
-        let lost = match reason {
-            BreakReason::NeighbourLost { rank, .. } if !abort.is_aborted() => Some(rank),
-            _ => None,
-        };
-        // Who gives up for another reason is lost to the others itself.
-        host.progress().give_up(lost.unwrap_or(host.rank()));
-        self.watcher.finish(Outcome::Failed(lost));
-        Err((suspects, reason))
-    }
-
-    /// The fault in terms of ranks.
-    fn explain(&self, fault: Fault) -> (Vec<Rank>, BreakReason) {
-        let (next, prev) = (self.transport.neighbours.next_rank, self.transport.neighbours.prev_rank);
-        match fault {
-            Fault::NextLost(kind) => lost_neighbour(next, kind),
-            Fault::PrevLost(kind) => lost_neighbour(prev, kind),
-            Fault::Stalled { waited, want } => {
-                let mut suspects = Vec::new();
-                suspects.extend(want.bytes.then_some(prev));
-                suspects.extend((want.room && !suspects.contains(&next)).then_some(next));
-                (suspects, BreakReason::Stalled { waited })
-            }
-            Fault::Mismatch { ours, theirs } => (vec![prev], BreakReason::Mismatch { ours, theirs }),
-            Fault::Protocol(what) => (vec![prev], BreakReason::Protocol { what }),
-            Fault::Aborted => (Vec::new(), BreakReason::Aborted),
-            Fault::System(kind) => (Vec::new(), BreakReason::System { kind }),
-        }
-    }
-}
-
 /// Whether an operation is done in a wider type, because the sum of a mean may not fit.
 fn needs_wide<T: Element>(op: ReduceOp) -> bool {
     op == ReduceOp::Mean && size_of::<T>() != size_of::<T::Wide>()
-}
-
-fn lost_neighbour(rank: Rank, kind: ErrorKind) -> (Vec<Rank>, BreakReason) {
-    (vec![rank], BreakReason::NeighbourLost { rank, kind })
 }

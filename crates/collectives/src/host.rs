@@ -32,7 +32,8 @@ use reknit_membership::ids::{Rank, WorldSize};
 use crate::buffer::{Buffer, Halls};
 use crate::call::{Call, HEADER_BYTES};
 use crate::element::Element;
-use crate::progress::{self, Progress, Stuck, Waiting};
+use crate::inputs::{Inputs, elements, elements_mut};
+use crate::progress::{self, Progress, Stop, Stuck, Waiting};
 use crate::reduce::ReduceOp;
 use crate::schedule::part;
 use crate::secret::Nonce;
@@ -47,6 +48,8 @@ const WORD_AT: usize = HEADER_BYTES;
 const IN_PLACE_AT: usize = WORD_AT + ControlWord::BYTES;
 /// How many bytes of an all-reduce are combined by every rank for itself, which saves a wait.
 const ALONE_BYTES: usize = 4 << 10;
+/// How many bytes of a result are made before this rank looks whether it is to stop: well under a millisecond's work.
+const ABORTABLE_BYTES: usize = 1 << 20;
 /// The memory for results in place is at least so large, and then a power of two, so that it is seldom made anew.
 const RESULTS_BYTES_MIN: usize = 4 << 20;
 
@@ -192,25 +195,25 @@ impl Host {
         op: ReduceOp,
         mut operands: Operands<'_, T>,
         word: ControlWord,
-        stop: &dyn Fn() -> bool,
+        stop: &dyn Fn() -> Option<Stop>,
     ) -> Result<ControlWord, HostFault> {
         let len = operands.input().len();
         let windows = self.windows::<T>(len);
-        if windows.len() == 1 && len * size_of::<T>() <= ALONE_BYTES {
+        if windows.len() == 1 && size_of_val(operands.input()) <= ALONE_BYTES {
             self.offer_all(operands.input(), self.step + 1);
             let word = self.begin(call, word, stop)?;
             let inputs = Inputs::new(self.ranks(), |rank| self.slot::<T>(rank, self.step, 0..len));
-            inputs.combine(op, self.layout.ranks, operands.output());
+            inputs.combine(op, operands.output());
             return Ok(word);
         }
         // More than a window in place: results are put together elsewhere, by all ranks if any one needs it. Before they know
         // that, the memory is made; it takes none before it is written to.
-        let made = if windows.len() > 1 { self.make_room(len * size_of::<T>())? } else { None };
+        let made = if windows.len() > 1 { self.make_room(size_of_val(operands.input()))? } else { None };
         self.offer(&operands.input()[windows.at(0)], self.step + 1);
         let in_place = matches!(operands, Operands::InPlace(_)) && windows.len() > 1;
         let (word, aside) = self.begin_with(call, word, in_place, stop)?;
         if windows.len() > 1 {
-            self.find_room(len * size_of::<T>(), made)?;
+            self.find_room(size_of_val(operands.input()), made)?;
         }
         for at in 0..windows.len() {
             let window = windows.at(at);
@@ -246,7 +249,7 @@ impl Host {
         input: &[T],
         work: &mut [T],
         word: ControlWord,
-        stop: &dyn Fn() -> bool,
+        stop: &dyn Fn() -> Option<Stop>,
     ) -> Result<ControlWord, HostFault> {
         let (ranks, own, len) = (self.layout.ranks, self.own, input.len());
         // A window holds a stretch of every part.
@@ -272,7 +275,7 @@ impl Host {
                     self.slot::<T>(rank, self.step, own * each..own * each + place.len())
                 }
             });
-            inputs.combine(op, ranks, &mut work[place.clone()]);
+            inputs.combine(op, &mut work[place.clone()]);
             if at + 1 < windows {
                 offer(self, at + 1, self.step + 1);
                 self.count_and_wait(stop)?;
@@ -288,7 +291,7 @@ impl Host {
         of: impl Fn(usize) -> Range<usize>,
         work: &mut [T],
         word: ControlWord,
-        stop: &dyn Fn() -> bool,
+        stop: &dyn Fn() -> Option<Stop>,
     ) -> Result<ControlWord, HostFault> {
         let each = self.window_len::<T>();
         let longest = (0..self.layout.ranks).map(|rank| of(rank).len()).max().unwrap_or(0);
@@ -318,7 +321,7 @@ impl Host {
         &mut self,
         call: Call,
         word: ControlWord,
-        stop: &dyn Fn() -> bool,
+        stop: &dyn Fn() -> Option<Stop>,
     ) -> Result<ControlWord, HostFault> {
         self.begin(call, word, stop)
     }
@@ -329,7 +332,7 @@ impl Host {
         call: Call,
         len: usize,
         word: ControlWord,
-        stop: &dyn Fn() -> bool,
+        stop: &dyn Fn() -> Option<Stop>,
     ) -> Result<(Buffer<T>, ControlWord), HostFault> {
         let halls = Halls::new(self.layout.ranks, len * size_of::<T>());
         let made = self.make_further(halls.bytes())?;
@@ -350,13 +353,19 @@ impl Host {
         op: ReduceOp,
         buffer: &mut Buffer<T>,
         word: ControlWord,
-        stop: &dyn Fn() -> bool,
+        stop: &dyn Fn() -> Option<Stop>,
     ) -> Result<ControlWord, HostFault> {
         let word = self.begin(call, word, stop)?;
         let own = part(buffer.len(), WorldSize(self.layout.ranks as u32), Rank(self.own as u32));
-        // SAFETY: all ranks have entered, so their inputs are written and nobody reads the results; and each rank writes
-        // its own part of these alone.
-        unsafe { buffer.combine(op, own) };
+        let most = ABORTABLE_BYTES / size_of::<T>();
+        for start in own.clone().step_by(most) {
+            if stop() == Some(Stop::Aborted) {
+                return Err(Stuck::Stopped(Stop::Aborted).into());
+            }
+            // SAFETY: all ranks have entered, so their inputs are written and nobody reads the results; and each rank writes
+            // its own part of these alone.
+            unsafe { buffer.combine(op, start..own.end.min(start + most)) };
+        }
         self.count_and_wait(stop)?;
         Ok(word)
     }
@@ -366,7 +375,7 @@ impl Host {
         &mut self,
         call: Call,
         word: ControlWord,
-        stop: &dyn Fn() -> bool,
+        stop: &dyn Fn() -> Option<Stop>,
     ) -> Result<ControlWord, HostFault> {
         Ok(self.begin_with(call, word, false, stop)?.0)
     }
@@ -377,7 +386,7 @@ impl Host {
         call: Call,
         word: ControlWord,
         in_place: bool,
-        stop: &dyn Fn() -> bool,
+        stop: &dyn Fn() -> Option<Stop>,
     ) -> Result<(ControlWord, bool), HostFault> {
         let card = self.segment.at(self.layout.card(self.own, self.turn), CARD_BYTES);
         let header = call.header(Rank(self.own as u32));
@@ -413,7 +422,11 @@ impl Host {
         Ok((all, any_in_place))
     }
 
-    fn count_and_wait(&mut self, stop: &dyn Fn() -> bool) -> Result<(), Stuck> {
+    fn count_and_wait(&mut self, stop: &dyn Fn() -> Option<Stop>) -> Result<(), Stuck> {
+        // An abort ends also what nobody has to wait for. A loss does not: the lost one may have done its part.
+        if stop() == Some(Stop::Aborted) {
+            return Err(Stuck::Stopped(Stop::Aborted));
+        }
         self.step += 1;
         self.progress.count(self.step);
         let waiting = Waiting { spin: self.spin, stall: self.stall, until: None, stop };
@@ -454,7 +467,7 @@ impl Host {
             // result.
             _ => unsafe { self.slot_mut::<T>(self.step, own) },
         };
-        inputs.combine(op, self.layout.ranks, result);
+        inputs.combine(op, result);
     }
 
     /// Copies all shares of the window's result, which was taken at `step`.
@@ -571,69 +584,4 @@ impl Windows {
 fn stretch(len: usize, ranks: usize, rank: usize, from: usize, each: usize) -> Range<usize> {
     let Range { start, end } = part(len, WorldSize(ranks as u32), Rank(rank as u32));
     (start + from).min(end)..(start + from + each).min(end)
-}
-
-/// What all ranks contribute to the same elements.
-pub(crate) struct Inputs<'a, T> {
-    few: [&'a [T]; Inputs::<u8>::FEW],
-    many: Vec<&'a [T]>,
-    count: usize,
-}
-
-impl<T> Inputs<'_, T> {
-    /// No memory is asked for up to so many.
-    const FEW: usize = 16;
-}
-
-impl<'a, T: Element> Inputs<'a, T> {
-    pub(crate) fn new(ranks: Range<usize>, of: impl Fn(usize) -> &'a [T]) -> Inputs<'a, T> {
-        let count = ranks.len();
-        let mut few = [&[][..]; Inputs::<u8>::FEW];
-        if count > few.len() {
-            return Inputs { few, many: ranks.map(of).collect(), count };
-        }
-        few.iter_mut().zip(ranks).for_each(|(input, rank)| *input = of(rank));
-        Inputs { few, many: Vec::new(), count }
-    }
-
-    /// Combines them in rank order.
-    pub(crate) fn combine(&self, op: ReduceOp, ranks: usize, result: &mut [T]) {
-        let inputs = if self.many.is_empty() { &self.few[..self.count] } else { &self.many[..] };
-        // Block by block, so that a mean divides what is still in the cache.
-        const BLOCK: usize = 16 << 10;
-        let block = BLOCK / size_of::<T>();
-        if op != ReduceOp::Mean {
-            return T::combine(op, inputs, result);
-        }
-        for start in (0..result.len()).step_by(block) {
-            let place = start..result.len().min(start + block);
-            let blocks = Inputs::new(0..self.count, |rank| &inputs[rank][place.clone()]);
-            let blocks = if blocks.many.is_empty() { &blocks.few[..self.count] } else { &blocks.many[..] };
-            T::combine(op, blocks, &mut result[place.clone()]);
-            T::divide(&mut result[place], ranks as u32);
-        }
-    }
-}
-
-/// So many elements in a segment.
-///
-/// # Safety
-/// Nobody writes to them for as long as they are borrowed. `offset` is aligned for them.
-pub(crate) unsafe fn elements<T: Element>(segment: &Segment, offset: usize, len: usize) -> &[T] {
-    let at = segment.at(offset, len * size_of::<T>()).cast::<T>();
-    debug_assert!(at.is_aligned());
-    // SAFETY: it is mapped for as long as the segment is borrowed, any bytes are an element, and the rest is the caller's.
-    unsafe { std::slice::from_raw_parts(at.as_ptr(), len) }
-}
-
-/// So many elements in a segment, to be written.
-///
-/// # Safety
-/// Nobody else reads or writes them for as long as they are borrowed. `offset` is aligned for them.
-#[expect(clippy::mut_from_ref, reason = "what is shared between processes has no one owner")]
-pub(crate) unsafe fn elements_mut<T: Element>(segment: &Segment, offset: usize, len: usize) -> &mut [T] {
-    let at = segment.at(offset, len * size_of::<T>()).cast::<T>();
-    debug_assert!(at.is_aligned());
-    // SAFETY: as above.
-    unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), len) }
 }

@@ -49,6 +49,7 @@ mod reduce;
 mod buffer;
 mod call;
 mod host;
+mod inputs;
 mod meeting;
 mod progress;
 mod ring;
@@ -58,6 +59,7 @@ mod transport;
 mod abort;
 mod broken;
 mod group;
+mod links;
 
 mod form;
 mod neighbours;

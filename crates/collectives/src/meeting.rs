@@ -6,10 +6,10 @@
 //! for a single one, all go on without.
 
 use std::io;
+use std::ops::RangeInclusive;
 
 use reknit_membership::ids::WorldSize;
 
-use crate::element::DType;
 use crate::host::{Layout, enter, prepare};
 use crate::secret::{Nonce, fresh_nonce};
 use crate::segment::{Segment, Whereabouts};
@@ -20,6 +20,9 @@ const RANKS_MAX: u32 = 256;
 /// How many bytes a card takes.
 pub(crate) const CARD_BYTES: usize = 64;
 const MAGIC: [u8; 4] = *b"rkS1";
+
+/// How large a window can be. In the smallest there is an element of eight bytes for each rank.
+const WINDOWS: RangeInclusive<u32> = 8 * RANKS_MAX..=32 << 20;
 
 /// Whether a rank offers to share memory with others on its host.
 ///
@@ -114,33 +117,34 @@ impl Stake {
         Ok(Stake { card, layout, segment: Some(segment) })
     }
 
-    /// The memory that all share, now that all cards are on the table: this rank's own if it is the first. Whether there is to
-    /// be any, all say alike; whether it can be mapped, each says for itself.
-    pub(crate) fn share(self, cards: &[Card], own: usize) -> Option<io::Result<Segment>> {
+    /// The memory that all share, and how it is laid out, now that all cards are on the table: this rank's own if it is the
+    /// first. Whether there is to be any, all say alike; whether it can be mapped, each says for itself.
+    pub(crate) fn share(self, cards: &[Card], own: usize) -> Option<io::Result<(Segment, Layout)>> {
         let first = agreed(cards)?;
-        match self.segment {
-            Some(segment) if own == 0 => Some(Ok(segment)),
-            _ => Some(enter(self.layout, first.place, first.nonce)),
+        if let (Some(segment), 0) = (self.segment, own) {
+            return Some(Ok((segment, self.layout)));
         }
-    }
-
-    pub(crate) fn layout(&self) -> Layout {
-        self.layout
+        // As large as the first rank has it.
+        let layout = Layout::new(cards.len(), first.window as usize);
+        Some(enter(layout, first.place, first.nonce).map(|segment| (segment, layout)))
     }
 }
 
-/// Whose memory all share, if all offer, are on one host, and have cut their memory the same way.
+/// Whose memory all share, if all offer and are on one host.
 fn agreed(cards: &[Card]) -> Option<Offer> {
     let first = cards.first()?.offer?;
-    let alike = |offer: Offer| (offer.host, offer.window) == (first.host, first.window);
-    cards.iter().all(|card| card.offer.is_some_and(alike)).then_some(first)
+    let is_fine = WINDOWS.contains(&first.window) && first.window.is_multiple_of(64);
+    let is_near = |card: &Card| card.offer.is_some_and(|offer| offer.host == first.host);
+    (is_fine && cards.iter().all(is_near)).then_some(first)
 }
 
-/// How large a window is if a chunk is that large: two, so that what two ranks move at a time is a chunk; and a multiple of
-/// every element's size.
-pub(crate) fn window(chunk_bytes: usize) -> usize {
-    const { assert!(size_of::<f64>() == 8 && DType::ALL.len() == 7, "no element is larger than eight bytes") };
-    (chunk_bytes / 2).next_multiple_of(64)
+/// How large a window is, for chunks of that many bytes: half a chunk, so that all that two ranks have to do with it stays in
+/// the near caches; and four times as much where ranks wait for a core, so that they do so less often. A multiple of every
+/// element's size.
+pub(crate) fn window(chunk_bytes: usize, size: WorldSize) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let bytes = if size.0 as usize <= cores { chunk_bytes / 2 } else { chunk_bytes * 2 };
+    bytes.next_multiple_of(64).clamp(*WINDOWS.start() as usize, *WINDOWS.end() as usize)
 }
 
 /// What processes that see each other in `/proc` have in common: the kernel that was booted, and the space of process
@@ -180,14 +184,16 @@ mod tests {
         assert_eq!(agreed(&ours).map(|offer| offer.place.pid), Some(7));
         assert_eq!(agreed(&[ours[0], Card::NOTHING]), None);
         assert_eq!(agreed(&[ours[0], card(2, 4096, 8)]), None);
-        assert_eq!(agreed(&[ours[0], card(1, 8192, 8)]), None);
+        assert_eq!(agreed(&[card(1, 0, 7), card(1, 0, 8)]), None);
+        assert_eq!(agreed(&[card(1, 4097, 7), card(1, 4097, 8)]), None);
         assert_eq!(agreed(&[]), None);
     }
 
     #[test]
     fn memory_that_is_not_what_the_card_speaks_of_is_not_taken() {
         let stake = || Stake::new(SharedMemory::Offered, WorldSize(2), 4096);
-        let (first, second) = (stake(), stake());
+        let first = stake();
+        let second = Stake::new(SharedMemory::Offered, WorldSize(2), 8192);
         let mut cards = [first.card, second.card];
         assert!(second.share(&cards, 1).unwrap().is_ok());
         // A process of that number has such memory, but another one's: as on a copy of this machine.

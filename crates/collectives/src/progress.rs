@@ -54,8 +54,8 @@ pub(crate) struct Progress {
 pub(crate) enum Stuck {
     /// A rank has given up, because of that one: itself, if it knows of no other.
     GivenUp(Rank),
-    /// This rank was told to stop.
-    Stopped,
+    /// This rank is to stop.
+    Stopped(Stop),
     /// Nobody has counted for too long; these have not come.
     Stalled { waited: Duration, late: Vec<Rank> },
 }
@@ -159,11 +159,11 @@ impl Progress {
     /// Whether there is a reason not to wait on: there is none if all have come after all.
     fn check(&self, step: u64, waiting: &Waiting<'_>) -> Result<(), Stuck> {
         // Who gives up says so before it ends its connections, and knows better who was lost than who sees these end.
-        let is_stopped = (waiting.stop)();
-        let stuck = match self.given_up().load(Ordering::Acquire) {
-            0 if is_stopped => Stuck::Stopped,
-            0 => return Ok(()),
-            code => Stuck::GivenUp(Rank(code - 1)),
+        let stop = (waiting.stop)();
+        let stuck = match (self.given_up().load(Ordering::Acquire), stop) {
+            (0, None) => return Ok(()),
+            (0, Some(stop)) => Stuck::Stopped(stop),
+            (code, _) => Stuck::GivenUp(Rank(code - 1)),
         };
         if self.all_have(step, &mut 0) { Ok(()) } else { Err(stuck) }
     }
@@ -210,7 +210,16 @@ pub(crate) struct Waiting<'a> {
     pub(crate) spin: Duration,
     pub(crate) stall: Duration,
     pub(crate) until: Option<Instant>,
-    pub(crate) stop: &'a dyn Fn() -> bool,
+    pub(crate) stop: &'a dyn Fn() -> Option<Stop>,
+}
+
+/// Why a rank is to stop waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// It was told to.
+    Aborted,
+    /// A neighbour is gone, who may have done all its part.
+    Lost,
 }
 
 /// One more who sleeps, for as long as it lives. A rank that is killed in its sleep stays counted: from then on the bell
@@ -245,7 +254,7 @@ mod tests {
         (0..count).map(|rank| Progress::new(segment.clone(), rank, count)).collect()
     }
 
-    fn waiting(stop: &dyn Fn() -> bool) -> Waiting<'_> {
+    fn waiting(stop: &dyn Fn() -> Option<Stop>) -> Waiting<'_> {
         Waiting { spin: Duration::ZERO, stall: LONG, until: None, stop }
     }
 
@@ -257,7 +266,7 @@ mod tests {
                     scope.spawn(move || {
                         for step in 1..=3000 {
                             progress.count(step);
-                            progress.wait(step, &waiting(&|| false)).unwrap();
+                            progress.wait(step, &waiting(&|| None)).unwrap();
                         }
                     });
                 }
@@ -270,7 +279,7 @@ mod tests {
         let all = ranks(3);
         thread::scope(|scope| {
             let waits: Vec<_> =
-                all[1..].iter().map(|one| scope.spawn(|| one.wait(1, &waiting(&|| false)))).collect();
+                all[1..].iter().map(|one| scope.spawn(|| one.wait(1, &waiting(&|| None)))).collect();
             all[0].give_up(Rank(2));
             all[0].give_up(Rank(0));
             for wait in waits {
@@ -286,8 +295,8 @@ mod tests {
         all[0].count(1);
         all[1].count(1);
         all[1].give_up(Rank(1));
-        assert_eq!(all[0].wait(1, &waiting(&|| true)), Ok(()));
-        assert_eq!(all[0].wait(2, &waiting(&|| false)), Err(Stuck::GivenUp(Rank(1))));
+        assert_eq!(all[0].wait(1, &waiting(&|| Some(Stop::Lost))), Ok(()));
+        assert_eq!(all[0].wait(2, &waiting(&|| None)), Err(Stuck::GivenUp(Rank(1))));
     }
 
     #[test]
@@ -295,13 +304,15 @@ mod tests {
         let all = ranks(2);
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
-            let wait = scope.spawn(|| all[0].wait(1, &waiting(&|| stop.load(Ordering::Acquire))));
+            let wait = scope.spawn(|| {
+                all[0].wait(1, &waiting(&|| stop.load(Ordering::Acquire).then_some(Stop::Aborted)))
+            });
             while all[0].sleepers().load(Ordering::Acquire) == 0 {
                 thread::yield_now();
             }
             stop.store(true, Ordering::Release);
             all[0].ring();
-            assert_eq!(wait.join().unwrap(), Err(Stuck::Stopped));
+            assert_eq!(wait.join().unwrap(), Err(Stuck::Stopped(Stop::Aborted)));
         });
         assert_eq!(all[0].sleepers().load(Ordering::Acquire), 0);
     }
@@ -311,11 +322,11 @@ mod tests {
         let all = ranks(3);
         all[0].count(1);
         let stall = Duration::from_millis(30);
-        let stuck = all[0].wait(1, &Waiting { stall, ..waiting(&|| false) }).unwrap_err();
+        let stuck = all[0].wait(1, &Waiting { stall, ..waiting(&|| None) }).unwrap_err();
         let Stuck::Stalled { waited, late } = stuck else { panic!("{stuck:?}") };
         assert!(waited >= stall && late == [Rank(1), Rank(2)], "{waited:?} {late:?}");
         let until = Some(Instant::now() + stall);
-        let stuck = all[0].wait(1, &Waiting { until, ..waiting(&|| false) }).unwrap_err();
+        let stuck = all[0].wait(1, &Waiting { until, ..waiting(&|| None) }).unwrap_err();
         assert!(matches!(stuck, Stuck::Stalled { .. }), "{stuck:?}");
     }
 }

@@ -40,7 +40,7 @@ fn a_rank_of_the_other_tests() {
     }
     let listener = listener();
     println!("\n{MARK}{}", listener.local_addr());
-    let mut group = None;
+    let mut group: Option<Group> = None;
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
         let words: Vec<&str> = line.split(' ').collect();
@@ -54,7 +54,7 @@ fn a_rank_of_the_other_tests() {
                     next: next.parse().unwrap(),
                 };
                 // The old one first, so that what is counted is the new one's.
-                group = None;
+                drop(group.take());
                 let door = listener.open_ring(&place);
                 let stall = Duration::from_millis(stall_ms.parse().unwrap());
                 let options = GroupOptions { stall, chunk_bytes: 8192, ..GroupOptions::default() };

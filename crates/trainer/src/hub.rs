@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use reknit_collectives::{
-    AbortHandle, BreakReason, Group, Listener, ListenerOptions, Secret, StateConnection,
+    AbortHandle, BreakReason, Group, Listener, ListenerOptions, Secret, SharedMemory, StateConnection,
 };
 use reknit_membership::event::{Event, Message};
 use reknit_membership::holding::{Holding, Plan, ShardReport};
@@ -97,6 +97,7 @@ pub(crate) struct Hub {
     /// The ring of the newest world that has one, until the program takes it.
     group: Mutex<Option<Group>>,
     to_saves: std_mpsc::Sender<ToSaves>,
+    shared_memory: SharedMemory,
     on_notice: Option<NoticeCallback>,
     noticed: AtomicBool,
     /// Since when there has been no stream.
@@ -154,7 +155,7 @@ impl Hub {
         let (to_link, link_inbox) = tokio_mpsc::unbounded_channel();
         let (to_program, inbox) = std_mpsc::channel();
         let (to_saves, saves_inbox) = std_mpsc::channel();
-        let hub = Hub::new(session, listener, to_link, to_program, to_saves, member.on_notice.clone());
+        let hub = Hub::new(session, listener, to_link, to_program, to_saves, member);
         let link = {
             let hub = Arc::clone(&hub);
             let to = Target {
@@ -174,7 +175,7 @@ impl Hub {
         to_link: tokio_mpsc::UnboundedSender<ToLink>,
         to_program: std_mpsc::Sender<ToProgram>,
         to_saves: std_mpsc::Sender<ToSaves>,
-        on_notice: Option<NoticeCallback>,
+        member: &LauncherOptions,
     ) -> Arc<Hub> {
         Arc::new(Hub {
             session: Mutex::new(session),
@@ -185,11 +186,17 @@ impl Hub {
             serving: Mutex::new(None),
             group: Mutex::new(None),
             to_saves,
-            on_notice,
+            shared_memory: member.shared_memory,
+            on_notice: member.on_notice.clone(),
             noticed: AtomicBool::new(false),
             apart_since: Mutex::new(Some(Instant::now())),
             trouble: Mutex::new("no attempt has ended yet".to_owned()),
         })
+    }
+
+    /// Whether this member offers to share memory.
+    pub(crate) fn shared_memory(&self) -> SharedMemory {
+        self.shared_memory
     }
 
     pub(crate) fn listener(&self) -> &Listener {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use reknit_collectives::Listener;
+use reknit_collectives::{Listener, SharedMemory};
 use reknit_membership::spec::{BadSpec, Spec};
 use reknit_membership::{BadName, MemberName};
 
@@ -71,7 +71,8 @@ impl Options {
     /// # Errors
     /// [`BadOptions`] if a name or an address is none, or if the order is empty.
     pub fn new(coordinator: &str, job: &str, order: DataOrder) -> Result<Options, BadOptions> {
-        let member = LauncherOptions::new(coordinator, job)?;
+        let mut member = LauncherOptions::new(coordinator, job)?;
+        member.shared_memory = SharedMemory::Offered;
         if order.dataset == 0 || order.global_batch == 0 {
             return Err(BadOptions::EmptyOrder);
         }
@@ -92,6 +93,14 @@ impl Options {
     pub fn name(mut self, name: &str) -> Result<Options, BadOptions> {
         self.member = self.member.name(name)?;
         Ok(self)
+    }
+
+    /// Whether workers that are on one host may share memory, which they do if all of a world are on one and none of them
+    /// says no. By default they may. It costs memory as large as what is added at a time, once for all of them.
+    #[must_use]
+    pub fn share_memory(mut self, share: bool) -> Options {
+        self.member.shared_memory = if share { SharedMemory::Offered } else { SharedMemory::Declined };
+        self
     }
 
     /// How many workers a world has at least and at most. The first worker of a job decides.

@@ -58,7 +58,8 @@ pub(crate) fn form_in_background(
 
 fn keep(hub: &Arc<Hub>, door: &Door, place: &Place, ring_place: &RingPlace, abort: &AbortHandle) {
     let generation = place.generation;
-    let options = GroupOptions { form: FORM, stall: STALL, ..GroupOptions::default() };
+    let shared_memory = hub.shared_memory();
+    let options = GroupOptions { form: FORM, stall: STALL, shared_memory, ..GroupOptions::default() };
     match Group::form(door, ring_place, &options, abort.clone()) {
         Ok(mut group) => {
             let lost = {

@@ -32,6 +32,11 @@ fn the_newest_are_kept_and_the_rest_goes() {
     let with = |options: Options| options.checkpoints(dir.path(), 10, 3).unwrap();
     let workers = ["a", "b", "c"].map(|name| job.worker_with(name, None, with));
     job.steps(300);
+    // Steps may be faster than disks.
+    eventually("more checkpoints than are kept", || {
+        let commits = job.coordinator.status("job").commits;
+        (commits.len() == 3 && commits.iter().all(|commit| commit.step > 10)).then_some(())
+    });
     job.ends();
     let last = workers.map(common::Worker::outcome)[0].steps;
     let kept: BTreeSet<u64> =

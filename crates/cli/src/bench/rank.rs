@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use reknit_collectives::{
     AbortHandle, ControlWord, Group, GroupOptions, Listener, ListenerOptions, Place, ReduceOp, Secret,
+    SharedMemory,
 };
 use reknit_membership::{Generation, Rank, WorldSize};
 use serde::{Deserialize, Serialize};
@@ -53,7 +54,9 @@ pub(super) fn play() -> Result<()> {
                 let listener: &Listener = listener.as_ref().context("a rank must listen first")?;
                 let place = Place { generation, rank: Rank(rank), size: WorldSize(size), secret, next };
                 let door = listener.open_ring(&place);
-                group = Some(Group::form(&door, &place, &GroupOptions::default(), AbortHandle::new())?);
+                let shared_memory = SharedMemory::Unasked;
+                let options = GroupOptions { shared_memory, ..GroupOptions::default() };
+                group = Some(Group::form(&door, &place, &options, AbortHandle::new())?);
                 company::say(&Says::Formed)?;
             }
             Order::Sum { elements, times } => {

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use reknit_collectives::SharedMemory;
 use reknit_membership::spec::Spec;
 use reknit_membership::{JobId, MemberName};
 
@@ -23,6 +24,8 @@ pub struct LauncherOptions {
     pub(crate) join_patience: Duration,
     pub(crate) patience: Duration,
     pub(crate) on_notice: Option<NoticeCallback>,
+    /// Launchers exchange a few bytes, and wake each other by messages, of which memory has none.
+    pub(crate) shared_memory: SharedMemory,
 }
 
 impl LauncherOptions {
@@ -42,6 +45,7 @@ impl LauncherOptions {
             join_patience: Duration::from_secs(60),
             patience: Duration::from_secs(600),
             on_notice: None,
+            shared_memory: SharedMemory::Unasked,
         })
     }
 
