@@ -25,14 +25,17 @@ mod etcd;
 mod fleet;
 mod rank;
 mod replicas;
+mod transport;
 mod worker;
 
 mod clock;
 mod limits;
 mod machine;
+mod numbers;
 mod random;
 mod result;
 mod stats;
+mod word;
 
 use std::path::{Path, PathBuf};
 

@@ -13,6 +13,7 @@ use super::limits;
 use super::rank::Ring;
 use super::result::{Figures, Row};
 use super::stats::Spread;
+use super::transport::Transport;
 
 /// How many bytes all calls of one size move together, about, and how many calls there are at least and at most.
 const BYTES_A_SIZE: u64 = 1 << 30;
@@ -53,7 +54,7 @@ pub(super) fn allreduce(args: &Allreduce, dir: &Path) -> Result<AllreduceFigures
     let (stream, copy, round_trip) = machine_limits(dir, limit_bytes)?;
     let mut results = Vec::new();
     for ranks in &args.ranks {
-        let mut ring = Ring::form(dir, *ranks)?;
+        let mut ring = Ring::form(dir, *ranks, Transport::Tcp)?;
         for bytes in &args.sizes {
             if quick && *bytes > 4 << 20 {
                 continue;

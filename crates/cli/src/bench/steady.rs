@@ -3,25 +3,22 @@
 //! *Nothing per step*: the coordinator counts what it receives, by kind. While the workers do many steps, only renewals
 //! rise, and those by time: as many as the leases need, however fast the steps are.
 //!
-//! *The control word*: the same all-reduce, with the word in its stream and without, by turns, in the same ring. Each
-//! pair of neighbouring calls gives one ratio; what counts is the ratio of the sums over many pairs, and how it differs
-//! from one part of the run to another says how far it can be trusted.
+//! *The control word*: the same all-reduce, with the word in its stream and without: see `word`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use super::args::Steady;
 use super::fleet::{Fleet, Make};
 use super::rank::Ring;
 use super::result::{Figures, Row, Target};
-use super::stats::{Spread, median};
-
-/// Into how many parts a comparison is cut, to see how it varies.
-const PARTS: usize = 20;
+use super::stats::Spread;
+use super::transport::Transport;
+use super::word::WordFigures;
 
 #[derive(Debug, Serialize)]
 pub(super) struct SteadyFigures {
@@ -38,18 +35,6 @@ pub(super) struct SteadyFigures {
     word: WordFigures,
     /// How much longer the all-reduce takes because of the word, in percent.
     word_cost_percent: f64,
-}
-
-/// An all-reduce with the control word and without.
-#[derive(Debug, Serialize)]
-struct WordFigures {
-    ranks: u32,
-    bytes: u64,
-    pairs: usize,
-    with_us: Spread,
-    without_us: Spread,
-    /// The cost in percent in each part of the run.
-    cost_percent: Spread,
 }
 
 pub(super) fn steady(args: &Steady, dir: &Path) -> Result<SteadyFigures> {
@@ -73,9 +58,9 @@ pub(super) fn steady(args: &Steady, dir: &Path) -> Result<SteadyFigures> {
     let renewals = received.get("renew").copied().unwrap_or_default();
     let others = received.values().sum::<u64>() - renewals;
 
-    let mut ring = Ring::form(dir, args.workers)?;
+    let mut ring = Ring::form(dir, args.workers, Transport::Tcp)?;
     let compared = ring.compare((args.bytes / 4).max(1) as usize, pairs as usize)?;
-    let word = word_figures(args.workers, args.bytes, &compared)?;
+    let word = WordFigures::of(args.workers, args.bytes, &compared)?;
     Ok(SteadyFigures {
         workers: args.workers,
         steps,
@@ -95,31 +80,6 @@ fn risen(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> BTree
     let rise =
         |(kind, count): (&String, &u64)| (kind.clone(), count - before.get(kind).copied().unwrap_or(0));
     after.iter().map(rise).collect()
-}
-
-fn word_figures(ranks: u32, bytes: u64, compared: &[(Vec<u64>, Vec<u64>)]) -> Result<WordFigures> {
-    let missing = "no rank has compared anything";
-    // All ranks are in one ring: they wait for each other, so one of them tells as much as all.
-    let (with, without) = compared.first().context(missing)?;
-    let part = with.len().div_ceil(PARTS).max(1);
-    let costs =
-        with.chunks(part).zip(without.chunks(part)).filter_map(|(with, without)| cost_percent(with, without));
-    let us = |times: &[u64]| Spread::of(times.iter().map(|ns| *ns as f64 / 1e3)).context(missing);
-    Ok(WordFigures {
-        ranks,
-        bytes,
-        pairs: with.len(),
-        with_us: us(with)?,
-        without_us: us(without)?,
-        cost_percent: Spread::of(costs).context(missing)?,
-    })
-}
-
-/// How much longer the calls of the first kind take than those of the second, in percent; each kind by its median,
-/// which a few calls that were interrupted do not move.
-fn cost_percent(with: &[u64], without: &[u64]) -> Option<f64> {
-    let middle = |times: &[u64]| median(times.iter().map(|ns| *ns as f64));
-    Some((middle(with)? / middle(without)? - 1.0) * 100.0)
 }
 
 impl Figures for SteadyFigures {
@@ -159,16 +119,5 @@ mod tests {
         let before: BTreeMap<String, u64> = counts(&[("renew", 3), ("join", 4)]);
         let after = counts(&[("renew", 10), ("join", 4), ("ready", 2)]);
         assert_eq!(risen(&before, &after), counts(&[("renew", 7), ("join", 0), ("ready", 2)]));
-    }
-
-    #[test]
-    fn the_words_cost_is_a_ratio_of_medians() {
-        let with = vec![1010; 100];
-        let mut without = vec![1000; 100];
-        without[3] = 1_000_000;
-        let word = word_figures(4, 1 << 20, &[(with, without)]).unwrap();
-        assert!((word.cost_percent.p50 - 1.0).abs() < 1e-9);
-        assert_eq!((word.cost_percent.n, word.pairs), (PARTS, 100));
-        assert_eq!(cost_percent(&[], &[1]), None);
     }
 }
