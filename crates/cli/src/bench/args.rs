@@ -39,9 +39,9 @@ pub(super) enum What {
 /// What every measurement has.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Common {
-    /// Print JSON
-    #[arg(long)]
-    pub(super) json: bool,
+    /// Print JSON; or write it to this file, and print the table
+    #[arg(long, value_name = "FILE")]
+    pub(super) json: Option<Option<PathBuf>>,
     /// Only look whether it works: a few seconds, and figures that mean little
     #[arg(long)]
     pub(super) quick: bool,

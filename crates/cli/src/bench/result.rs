@@ -1,5 +1,9 @@
 //! What a measurement gives: a table for people, or JSON with the same figures.
 
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use serde::Serialize;
 
@@ -13,7 +17,7 @@ pub(super) struct Row {
     measured: String,
     /// What it is compared with.
     beside: String,
-    target: Option<Target>,
+    targets: Vec<Target>,
 }
 
 /// What was promised.
@@ -42,15 +46,17 @@ impl Target {
 
 impl Row {
     pub(super) fn new(what: impl Into<String>, measured: impl Into<String>) -> Row {
-        Row { what: what.into(), measured: measured.into(), beside: String::new(), target: None }
+        Row { what: what.into(), measured: measured.into(), beside: String::new(), targets: Vec::new() }
     }
 
     pub(super) fn beside(self, beside: impl Into<String>) -> Row {
         Row { beside: beside.into(), ..self }
     }
 
-    pub(super) fn target(self, target: Target) -> Row {
-        Row { target: Some(target), ..self }
+    /// There may be several.
+    pub(super) fn target(mut self, target: Target) -> Row {
+        self.targets.push(target);
+        self
     }
 }
 
@@ -77,26 +83,55 @@ struct Outcome<'a, F> {
 
 /// Runs a measurement and shows what it came to.
 pub(super) fn show<F: Figures>(common: &Common, measure: impl FnOnce() -> Result<F>) -> Result<()> {
+    let file = common.json.iter().flatten().next().map(|path| Output::open(path)).transpose()?;
     let watch = Watch::begin()?;
     let figures = measure().with_context(|| format!("{} could not be measured", F::NAME))?;
     let machine = watch.end()?;
-    if common.json {
-        let command = std::env::args().collect::<Vec<_>>().join(" ");
-        let (bench, version) = (F::NAME, env!("CARGO_PKG_VERSION"));
-        let quick = common.quick;
-        return print::json(&Outcome { bench, version, command, quick, machine, figures: &figures });
+    let command = std::env::args().collect::<Vec<_>>().join(" ");
+    let (bench, version, quick) = (F::NAME, env!("CARGO_PKG_VERSION"), common.quick);
+    let outcome = Outcome { bench, version, command, quick, machine, figures: &figures };
+    match file {
+        Some(file) => file.write(&format!("{}\n", serde_json::to_string_pretty(&outcome)?))?,
+        None if common.json.is_some() => return print::json(&outcome),
+        None => {}
     }
     let rows = figures.rows();
     let cells = |row: &Row| {
-        let target = row.target.map(Target::text).unwrap_or_default();
-        vec![row.what.clone(), row.measured.clone(), row.beside.clone(), target]
+        let targets: Vec<String> = row.targets.iter().copied().map(Target::text).collect();
+        vec![row.what.clone(), row.measured.clone(), row.beside.clone(), targets.join("; ")]
     };
     print::table(&["", "MEASURED", "BESIDE", "TARGET"], &rows.iter().map(cells).collect::<Vec<_>>());
     if common.quick {
         print::talk(format_args!("a quick run: these figures mean little"));
     }
-    print::talk(format_args!("{machine}"));
+    print::talk(format_args!("{}", outcome.machine));
     Ok(())
+}
+
+/// A file for the results: who cannot write it hears so before anything is measured, and what was in it stays until there
+/// is something else.
+pub(super) struct Output<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+impl Output<'_> {
+    pub(super) fn open(path: &Path) -> Result<Output<'_>> {
+        let file = File::options().create(true).truncate(false).write(true).open(path);
+        let file = file.with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Output { path, file })
+    }
+
+    pub(super) fn write(mut self, text: &str) -> Result<()> {
+        let mut write = || {
+            // A pipe has nothing in it that could be left.
+            if self.file.metadata()?.is_file() {
+                self.file.set_len(0)?;
+            }
+            self.file.write_all(text.as_bytes())
+        };
+        write().with_context(|| format!("cannot write {}", self.path.display()))
+    }
 }
 
 #[cfg(test)]
