@@ -1,7 +1,7 @@
 //! `reknit bench`: figures, each beside what the same machine allows in the same run.
 //!
 //! ```text
-//!   a measurement (recovery, failover, swarm, steady, restore, allreduce, checkpoint)
+//!   a measurement (recovery, failover, swarm, steady, restore, allreduce, collectives, checkpoint)
 //!     │ starts                                    │ measures                   │ gives
 //!     ├─ processes: serve (a coordinator)         ├─ limits of the machine     └─ result: a table, or JSON
 //!     └─ company: this program in a role          └─ stats, by the machine's clock
@@ -14,6 +14,7 @@ pub(crate) mod args;
 
 mod allreduce;
 mod checkpoint;
+mod collectives;
 mod failover;
 mod recovery;
 mod restore;
@@ -23,6 +24,7 @@ mod swarm;
 mod company;
 mod etcd;
 mod fleet;
+mod peers;
 mod rank;
 mod replicas;
 mod transport;
@@ -54,6 +56,10 @@ pub(crate) fn bench(bench: Bench) -> Result<(), Failure> {
         What::Steady(args) => measure(&args.common, |dir| steady::steady(&args, dir)),
         What::Restore(args) => measure(&args.common, |dir| restore::restore(&args, dir)),
         What::Allreduce(args) => measure(&args.common, |dir| allreduce::allreduce(&args, dir)),
+        What::Collectives(args) => {
+            let peers = args.peers.then(|| peers::Peers::find(&args.python)).transpose()?;
+            measure(&args.common, |dir| collectives::collectives(&args, peers.as_ref(), dir))
+        }
         What::Checkpoint(args) => measure(&args.common, |dir| checkpoint::checkpoint(&args, dir)),
         What::Role(play) => play.role.play(),
     }

@@ -89,7 +89,72 @@ fn every_benchmark_runs_and_names_its_figures() {
     // A quick run may cost less than the kernel's clock tells.
     assert!(swarm["heartbeat_cores"].as_f64().is_some_and(|cores| cores >= 0.0), "{swarm}");
     assert_eq!(bench("steady")["received_per_step"], 0.0);
-    for name in ["restore", "allreduce", "checkpoint"] {
+    for name in ["restore", "allreduce", "collectives", "checkpoint"] {
         assert_eq!(bench(name)["bench"], name);
     }
+}
+
+#[test]
+fn the_collectives_are_a_table_a_file_of_rows_beside_limits_and_a_picture() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (json, svg) = (path("figures.json"), path("figures.svg"));
+    let ran = reknit(&[
+        "bench",
+        "collectives",
+        "--quick",
+        "--worlds",
+        "2,3",
+        "--sizes",
+        "4,64k,1m,1g",
+        "--types",
+        "f32,bf16",
+        "--json",
+        &json,
+        "--plot",
+        &svg,
+    ]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(ran.stdout.contains("f32, 3 ranks, 64 KiB: reknit tcp"), "{}", ran.stdout);
+    let figures: Value = serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
+    assert_eq!(figures["bench"], "collectives");
+    let rows = figures["rows"].as_array().unwrap();
+    let mut seen = BTreeSet::new();
+    for row in rows {
+        assert_eq!((&row["impl"], &row["transport"]), (&"reknit".into(), &"tcp".into()), "{row}");
+        for path in ["median_us", "algbw_gbs", "busbw_gbs"] {
+            positive(row, path);
+        }
+        let numbers = ["world", "bytes"].map(|key| row[key].as_u64().unwrap());
+        seen.insert((row["type"].as_str().unwrap().to_owned(), numbers));
+    }
+    // A quick run leaves the large sizes out.
+    assert_eq!((rows.len(), seen.len()), (2 * 2 * 3, 2 * 2 * 3), "{seen:?}");
+    for limit in [
+        "memcpy_gbs",
+        "add_gbs",
+        "tcp_one_way_gbs",
+        "tcp_both_ways_gbs",
+        "shm_ping_pong_one_way_us",
+        "tcp_round_trip_us",
+    ] {
+        positive(&figures["limits"], limit);
+    }
+    let overhead = &figures["overhead_of_elasticity"][0];
+    assert_eq!(
+        (&overhead["transport"], &overhead["bytes"]),
+        (&"tcp".into(), &(1 << 20).into()),
+        "{overhead}"
+    );
+    assert!(overhead["cost_percent"]["p50"].is_f64(), "{overhead}");
+    let picture = std::fs::read_to_string(svg).unwrap();
+    assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n") && picture.contains("reknit tcp"));
+}
+
+#[test]
+fn a_peer_that_is_missing_is_named_with_how_to_install_it() {
+    let ran = reknit(&["bench", "collectives", "--quick", "--peers", "--python", "/nowhere/python3"]);
+    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    assert!(ran.stderr.contains("/nowhere/python3"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("hint: ") && ran.stderr.contains("pip install torch"), "{}", ran.stderr);
 }

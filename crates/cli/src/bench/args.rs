@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{Subcommand, value_parser};
 
 use super::company::Role;
+use super::numbers::{NumberType, WORLD_MAX};
+use super::transport::Transport;
 use crate::args::duration;
 
 /// One measurement.
@@ -29,6 +31,8 @@ pub(super) enum What {
     Restore(Restore),
     /// How fast the TCP ring sums, by size and number of ranks
     Allreduce(Allreduce),
+    /// How fast ranks sum, by size, world, type and transport; beside Gloo and Open MPI if asked
+    Collectives(Collectives),
     /// How long a checkpoint holds training up, and how fast it is written and loaded
     Checkpoint(Checkpoint),
     /// Play a part in one of these; started by them
@@ -160,6 +164,37 @@ pub(super) struct Allreduce {
 }
 
 #[derive(Debug, clap::Args)]
+pub(super) struct Collectives {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// How many ranks there are, each a process of its own; several numbers separated by commas
+    #[arg(long, default_value = "2,4", value_delimiter = ',', value_parser = value_parser!(u32).range(2..=i64::from(WORLD_MAX)))]
+    pub(super) worlds: Vec<u32>,
+    /// What is summed, several sizes separated by commas
+    #[arg(long, default_value = "4,1k,64k,1m,16m,64m,256m", value_delimiter = ',', value_parser = summed_bytes)]
+    pub(super) sizes: Vec<u64>,
+    /// By which way the bytes go, several separated by commas
+    #[arg(long, default_value = "tcp", value_delimiter = ',')]
+    pub(super) transports: Vec<Transport>,
+    /// What kinds of number are summed, several separated by commas
+    #[arg(long, default_value = "f32", value_delimiter = ',')]
+    pub(super) types: Vec<NumberType>,
+    /// How often everybody has a turn; figures are medians over the rounds
+    #[arg(long, default_value_t = 5, value_parser = value_parser!(u32).range(1..=100))]
+    pub(super) rounds: u32,
+    /// Run Gloo and Open MPI in turn with ours: wants PyTorch in the Python that --python names, and Open MPI's mpicc and
+    /// mpirun (Debian: libopenmpi-dev, openmpi-bin)
+    #[arg(long)]
+    pub(super) peers: bool,
+    /// A Python that has PyTorch
+    #[arg(long, default_value = "python3")]
+    pub(super) python: PathBuf,
+    /// Draw the results into this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub(super) plot: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
 pub(super) struct Checkpoint {
     #[command(flatten)]
     pub(super) common: Common,
@@ -177,20 +212,30 @@ pub(super) struct Play {
     pub(super) role: Role,
 }
 
-/// A size as people write it: `4096`, `64KiB`, `1GiB`, `1MB`.
+/// A size of which each rank and each of what it is compared with can hold a few.
+fn summed_bytes(text: &str) -> Result<u64, String> {
+    const MAX: u64 = 1 << 30;
+    bytes(text).and_then(
+        |bytes| {
+            if bytes <= MAX { Ok(bytes) } else { Err(format!("{text:?} is more than 1 GiB")) }
+        },
+    )
+}
+
+/// A size as people write it: `4096`, `64k`, `64KiB`, `1GiB`, `1MB`.
 pub(super) fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let wrong = || format!("{text:?} is no size; write 4096, 64KiB, 1GiB or 1MB");
+    let wrong = || format!("{text:?} is no size; write 4096, 64k, 64KiB, 1GiB or 1MB");
     let number: f64 = number.parse().map_err(|_| wrong())?;
     let unit: f64 = match unit.to_ascii_lowercase().as_str() {
         "" | "b" => 1.0,
         "kb" => 1e3,
         "mb" => 1e6,
         "gb" => 1e9,
-        "kib" => 1024.0,
-        "mib" => 1024.0 * 1024.0,
-        "gib" => 1024.0 * 1024.0 * 1024.0,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024.0 * 1024.0,
+        "g" | "gib" => 1024.0 * 1024.0 * 1024.0,
         _ => return Err(wrong()),
     };
     let bytes = number * unit;
@@ -212,8 +257,11 @@ mod tests {
         assert_eq!(bytes("1.5MiB"), Ok(1_572_864));
         assert_eq!(bytes("1GB"), Ok(1_000_000_000));
         assert_eq!(bytes("1gib"), Ok(1 << 30));
+        assert_eq!([bytes("1k"), bytes("16M"), bytes("1g")], [Ok(1024), Ok(16 << 20), Ok(1 << 30)]);
         for wrong in ["", "GiB", "1 GiB", "0", "0.5", "-1", "1EiB", "99999999GiB", "1.0001KiB"] {
             assert!(bytes(wrong).is_err(), "{wrong:?}");
         }
+        assert_eq!(summed_bytes("1g"), Ok(1 << 30));
+        assert!(summed_bytes("2g").is_err());
     }
 }

@@ -30,8 +30,10 @@ pub(super) enum Role {
     Members,
     /// A rank of a ring without a coordinator: see `rank`.
     Rank,
-    /// The other end of a connection: see `limits::peer`.
+    /// The other end of a connection: see `limits`.
     Peer,
+    /// One of a ring that only moves bytes: see `collectives::streams`.
+    Mover,
 }
 
 impl Role {
@@ -41,6 +43,7 @@ impl Role {
             Role::Members => "members",
             Role::Rank => "rank",
             Role::Peer => "peer",
+            Role::Mover => "mover",
         }
     }
 
@@ -51,6 +54,7 @@ impl Role {
             Role::Members => super::swarm::play_members()?,
             Role::Rank => super::rank::play()?,
             Role::Peer => super::limits::play_peer()?,
+            Role::Mover => super::collectives::play_mover()?,
         }
         Ok(())
     }
