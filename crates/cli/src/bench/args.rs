@@ -174,7 +174,7 @@ pub(super) struct Collectives {
     #[arg(long, default_value = "4,1k,64k,1m,16m,64m,256m", value_delimiter = ',', value_parser = summed_bytes)]
     pub(super) sizes: Vec<u64>,
     /// By which way the bytes go, several separated by commas
-    #[arg(long, default_value = "tcp", value_delimiter = ',')]
+    #[arg(long, default_value = "tcp,shm,shm-buffer", value_delimiter = ',')]
     pub(super) transports: Vec<Transport>,
     /// What kinds of number are summed, several separated by commas
     #[arg(long, default_value = "f32", value_delimiter = ',')]

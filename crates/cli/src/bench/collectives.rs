@@ -138,9 +138,11 @@ impl<'a> Run<'a> {
                     let times = match contender.line {
                         Line::Reknit(transport) => {
                             let (times, word) = self.reknit(&task, transport)?;
-                            let all = compared.entry((*world, transport)).or_default();
-                            all.with.extend(word.with);
-                            all.without.extend(word.without);
+                            if let Some(word) = word {
+                                let all = compared.entry((*world, transport)).or_default();
+                                all.with.extend(word.with);
+                                all.without.extend(word.without);
+                            }
                             times
                         }
                         Line::Gloo => self.peers()?.gloo.time(&task)?,
@@ -180,14 +182,19 @@ impl<'a> Run<'a> {
         BTreeSet::from_iter(sizes).into_iter().collect()
     }
 
-    /// How long our sums take, in microseconds, and one with the control word and without.
-    fn reknit(&self, task: &Task<'_>, transport: Transport) -> Result<(Vec<f64>, Compared)> {
+    /// How long our sums take, in microseconds, and one with the control word and without. In shared memory the word is in
+    /// what ranks look at anyway, and cannot be left out.
+    fn reknit(&self, task: &Task<'_>, transport: Transport) -> Result<(Vec<f64>, Option<Compared>)> {
         let mut ring = Ring::form(self.dir, task.world, transport)?;
         let mut times = Vec::new();
         for Sum { number, elements } in task.sums {
             times.push(ring.time(*number, usize::try_from(*elements)?, task.budget)? / 1e3);
         }
-        let word = ring.compare((WORD_BYTES / NumberType::F32.bytes()) as usize, self.word_pairs)?;
+        let elements = (WORD_BYTES / NumberType::F32.bytes()) as usize;
+        let word = match transport {
+            Transport::Tcp => Some(ring.compare(elements, self.word_pairs)?),
+            Transport::Shm | Transport::ShmBuffer => None,
+        };
         Ok((times, word))
     }
 }

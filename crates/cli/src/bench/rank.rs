@@ -83,7 +83,7 @@ pub(super) fn play() -> Result<()> {
                 let listener: &Listener = listener.as_ref().context("a rank must listen first")?;
                 let place = Place { generation, rank: Rank(rank), size: WorldSize(size), secret, next };
                 let door = listener.open_ring(&place);
-                let group = Group::form(&door, &place, &transport.options()?, AbortHandle::new())?;
+                let group = Group::form(&door, &place, &transport.options(), AbortHandle::new())?;
                 live = Some(Live { group, transport });
                 Says::Formed
             }
@@ -180,8 +180,9 @@ impl Live {
             *number = T::small(numbers::summand(rank, place));
         }
         operand.all_reduce(&mut self.group, ReduceOp::Sum)?;
-        let mut sums = operand.numbers().iter().enumerate();
-        let is_right = sums.all(|(place, sum)| *sum == T::small(numbers::sum(world, place)));
+        let sums = operand.sums();
+        let is_right = sums.len() == elements
+            && sums.iter().enumerate().all(|(place, sum)| *sum == T::small(numbers::sum(world, place)));
         ensure!(is_right, "rank {rank} of {world} has a wrong sum of {elements} {}s", T::DTYPE);
         operand.numbers().fill(T::small(0));
         Ok(operand)
@@ -196,7 +197,6 @@ pub(super) struct Ring {
 
 impl Ring {
     pub(super) fn form(logs: &Path, size: u32, transport: Transport) -> Result<Ring> {
-        transport.options()?;
         let mut company: Company<Says> = Company::new(Role::Rank, logs);
         let (mut ranks, mut addresses) = (Vec::new(), Vec::new());
         for _ in 0..size {
