@@ -566,7 +566,9 @@ impl Hands {
 
 impl Drop for Hands {
     fn drop(&mut self) {
-        // Better a leak than memory that is freed under a device that writes to it.
+        // Better a leak than memory that is freed under who writes to it: a device, or a formation that was never aborted.
         std::mem::forget(std::mem::take(&mut self.kept));
+        std::mem::forget(std::mem::take(&mut self.child));
+        std::mem::forget(std::mem::take(&mut self.lent));
     }
 }
