@@ -13,7 +13,7 @@ use crate::library::{Loaded, Missing, Wanted, function_table};
 
 const DRIVER: Wanted = Wanted {
     name: "the CUDA driver",
-    file: "libcuda.so.1",
+    files: &["libcuda.so.1"],
     variable: None,
     wheel: &[],
     hint: "install the driver of the GPU; in a container, start it with the NVIDIA runtime",
@@ -22,6 +22,8 @@ const DRIVER: Wanted = Wanted {
 pub(crate) type RawStream = *mut c_void;
 pub(crate) type RawEvent = *mut c_void;
 pub(crate) type RawContext = *mut c_void;
+pub(crate) type RawModule = *mut c_void;
+pub(crate) type RawFunction = *mut c_void;
 /// An address in a device's memory.
 pub(crate) type RawAddress = u64;
 type RawResult = c_int;
@@ -58,6 +60,13 @@ function_table! {
         event_record: "cuEventRecord" (RawEvent, RawStream) -> RawResult;
         event_query: "cuEventQuery" (RawEvent) -> RawResult;
         event_destroy: "cuEventDestroy_v2" (RawEvent) -> RawResult;
+        module_load: "cuModuleLoadData" (*mut RawModule, *const c_void) -> RawResult;
+        module_unload: "cuModuleUnload" (RawModule) -> RawResult;
+        module_function: "cuModuleGetFunction" (*mut RawFunction, RawModule, *const c_char) -> RawResult;
+        launch: "cuLaunchKernel" (
+            RawFunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, RawStream, *mut *mut c_void,
+            *mut *mut c_void
+        ) -> RawResult;
         error_name: "cuGetErrorName" (RawResult, *mut *const c_char) -> RawResult;
         => optional {}
     }

@@ -55,15 +55,20 @@ mod memory;
 mod nccl;
 mod unique_id;
 
+mod kernels;
+mod nvrtc;
+
 mod probe;
 
 pub use broken::{Broken, FormError, Left, ReduceError, Trouble};
 pub use communicator::{Communicator, OpenError, Options, SeedError};
 pub use driver::{Driver, DriverError, Event, Gpu, Stream};
+pub use kernels::{DIGEST_CHUNK_MIN, Kernels, Packed, Work};
 pub use library::Missing;
 pub use life::{ExitReason, Held, Refusal};
 pub use memory::{DeviceBuffer, MemoryError};
 pub use nccl::{Nccl, NcclCode, NcclError};
+pub use nvrtc::{CompileError, Image, Nvrtc, Target};
 pub use probe::{Probe, probe};
 pub use unique_id::UniqueId;
 pub use version::{Feature, Version};

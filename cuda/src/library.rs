@@ -58,8 +58,8 @@ pub enum Missing {
 pub(crate) struct Wanted {
     /// As people call it.
     pub(crate) name: &'static str,
-    /// As the loader knows it.
-    pub(crate) file: &'static str,
+    /// As the loader knows it: the newest release first.
+    pub(crate) files: &'static [&'static str],
     /// The variable that names a file, or a directory that holds it.
     pub(crate) variable: Option<&'static str>,
     /// Where it is in a Python environment's packages.
@@ -99,21 +99,24 @@ impl Wanted {
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let asked = named.map(Path::to_owned).or_else(|| self.variable.and_then(set).map(PathBuf::from));
         if let Some(asked) = asked {
-            return vec![if asked.is_dir() { asked.join(self.file) } else { asked }.into_os_string()];
+            let in_it = |file| asked.join(file);
+            let files = if asked.is_dir() { self.files.iter().map(in_it).collect() } else { vec![asked] };
+            return files.into_iter().map(PathBuf::into_os_string).collect();
         }
-        let mut places = vec![OsString::from(self.file)];
+        let mut places: Vec<OsString> = self.files.iter().map(OsString::from).collect();
         let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(set).map(PathBuf::from);
         for lib in environments.map(|root| root.join("lib")) {
             // The one directory `python3.x` of the environment; sorted, should there be more.
-            let mut pythons: Vec<PathBuf> =
-                lib.read_dir().into_iter().flatten().flatten().map(|e| e.path()).collect();
-            pythons.retain(|path| {
+            let entries = lib.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
+            let is_python = |path: &PathBuf| {
                 path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"python"))
-            });
+            };
+            let mut pythons: Vec<PathBuf> = entries.filter(is_python).collect();
             pythons.sort();
-            let files = pythons.iter().flat_map(|python| {
-                self.wheel.iter().map(move |place| python.join("site-packages").join(place).join(self.file))
+            let dirs = pythons.iter().flat_map(|python| {
+                self.wheel.iter().map(move |place| python.join("site-packages").join(place))
             });
+            let files = dirs.flat_map(|dir| self.files.iter().map(move |file| dir.join(file)));
             places.extend(files.filter(|file| file.exists()).map(PathBuf::into_os_string));
         }
         places
@@ -191,7 +194,7 @@ mod tests {
 
     const WANTED: Wanted = Wanted {
         name: "NCCL",
-        file: "libnccl.so.2",
+        files: &["libnccl.so.2"],
         variable: Some("NCCL_LIB_PATH"),
         wheel: &["nvidia/nccl/lib"],
         hint: "install it",

@@ -160,6 +160,12 @@ impl<T> fmt::Debug for DeviceBuffer<T> {
     }
 }
 
+impl fmt::Debug for Allocation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Allocation({:#x})", self.address)
+    }
+}
+
 impl Allocation {
     pub(crate) fn address(&self) -> RawAddress {
         self.address

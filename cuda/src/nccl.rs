@@ -14,7 +14,7 @@ use crate::version::{Feature, Version};
 
 const NCCL: Wanted = Wanted {
     name: "NCCL",
-    file: "libnccl.so.2",
+    files: &["libnccl.so.2"],
     variable: Some("NCCL_LIB_PATH"),
     wheel: &["nvidia/nccl/lib"],
     hint: "install it (Debian: libnccl2; PyPI: nvidia-nccl-cu13), or set NCCL_LIB_PATH to the file or its directory",

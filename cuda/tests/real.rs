@@ -1,7 +1,7 @@
-//! The real libnccl, as far as it goes without a GPU: that it is found, has what it should have, reads what it is
-//! given, and says why it cannot go on.
+//! The real libnccl and NVRTC, as far as they go without a GPU: that they are found and have what they should have; that NCCL
+//! reads what it is given, and says why it cannot go on; that every kernel compiles for every architecture.
 //!
-//! Where there is none it is passed over with a notice; if `NCCL_LIB_PATH` names one, it has to be there.
+//! Where there is none they are passed over with a notice; if `NCCL_LIB_PATH` or `NVRTC_LIB_PATH` names one, it has to be there.
 
 #![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
 
@@ -11,7 +11,9 @@ use std::ffi::c_int;
 
 use common::driver;
 use reknit_collectives::AbortHandle;
-use reknit_cuda::{Communicator, Feature, FormError, Left, Nccl, Options, Trouble, Version, Way, World};
+use reknit_cuda::{
+    Communicator, Feature, FormError, Left, Nccl, Nvrtc, Options, Target, Trouble, Version, Way, World,
+};
 use reknit_membership::ids::{Generation, Rank, WorldSize};
 
 fn real() -> Option<Nccl> {
@@ -75,4 +77,46 @@ fn it_makes_seeds_and_says_why_it_forms_nothing_without_a_gpu() {
             other => panic!("{other:?}"),
         }
     }
+}
+
+const KERNELS: [&str; 10] = [
+    "pack_f32",
+    "pack_bf16",
+    "pack_f16",
+    "unpack_bf16",
+    "unpack_f16",
+    "find_infinite_f32",
+    "find_infinite_bf16",
+    "find_infinite_f16",
+    "digest_blocks",
+    "digest_chunks",
+];
+
+#[test]
+fn every_kernel_compiles_to_ptx_and_for_every_architecture() {
+    let nvrtc = match Nvrtc::load() {
+        Ok(nvrtc) => nvrtc,
+        Err(missing) if std::env::var_os("NVRTC_LIB_PATH").is_none() => {
+            println!("passed over: {missing}");
+            return;
+        }
+        Err(missing) => panic!("{missing}"),
+    };
+    for target in [Target::Ptx(80), Target::Cubin(80), Target::Cubin(90), Target::Cubin(100)] {
+        let image = nvrtc.kernels(target).unwrap();
+        let bytes = image.as_bytes();
+        println!("{nvrtc:?}: {target:?}, {} bytes", bytes.len());
+        let holds = |text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+        assert_eq!(bytes.starts_with(b"\x7fELF"), matches!(target, Target::Cubin(_)));
+        for kernel in KERNELS {
+            let name = if matches!(target, Target::Ptx(_)) {
+                format!(".entry {kernel}(")
+            } else {
+                kernel.to_owned()
+            };
+            assert!(holds(&name), "{target:?} has no {kernel}");
+        }
+    }
+    let error = nvrtc.kernels(Target::Cubin(3)).unwrap_err();
+    assert!(error.call == "nvrtcCompileProgram" && error.log.contains("architecture"), "{error}");
 }

@@ -11,6 +11,8 @@
 #![allow(non_snake_case, reason = "the names are NVIDIA's")]
 #![allow(missing_docs, clippy::missing_safety_doc, reason = "the functions are those that they stand in for")]
 
+pub mod kernels;
+
 use std::collections::HashSet;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +27,7 @@ const OUT_OF_MEMORY: Result = 2;
 const INVALID_DEVICE: Result = 101;
 const INVALID_CONTEXT: Result = 201;
 const INVALID_HANDLE: Result = 400;
+const NOT_FOUND: Result = 500;
 const NOT_READY: Result = 600;
 
 /// How many devices there are.
@@ -408,6 +411,7 @@ pub unsafe extern "C" fn cuGetErrorName(error: Result, name: *mut *const c_char)
         INVALID_DEVICE => c"CUDA_ERROR_INVALID_DEVICE",
         INVALID_CONTEXT => c"CUDA_ERROR_INVALID_CONTEXT",
         INVALID_HANDLE => c"CUDA_ERROR_INVALID_HANDLE",
+        NOT_FOUND => c"CUDA_ERROR_NOT_FOUND",
         NOT_READY => c"CUDA_ERROR_NOT_READY",
         _ => return INVALID_VALUE,
     };
