@@ -1,18 +1,21 @@
 //! The life of a process's part in the communicators of one job, as a pure state machine: events in, actions out.
 //!
-//! ```text
-//!              told: fresh                     done                        told: shrink, grow
-//!    Empty ─────────────────► Forming ──────────────────────► Healthy ──────────────────────┐
-//!      ▲  ▲                    │   ▲ │ done, of a parent ▲       │  ▲                         │
-//!      │  │ failed, missed,    │   │ └──► Releasing ─────┘       │  └ misses are forgotten    │
-//!      │  │ broke, told anew   ▼   │                      broke  ▼                            │
-//!      │  └─────────────── Aborting│◄──── no revoke ──────────────┤                            │
-//!      │                     ▲  │  └────── told: shrink ── Revoked◄── Revoking                 │
-//!      │                     │  └ told: fresh ──► Forming    └──────────► ▲ failed: Aborting   │
-//!      └── done ── Leaving ◄─┴── leave                                                        ▼
-//!                                                                                         Forming
-//!    any state ── an abort missed its deadline, a second deadline missed, no answer at all ──► Exit
-//! ```
+//! | from | when | to |
+//! |---|---|---|
+//! | Empty | told of a world: afresh, or as a newcomer | Forming |
+//! | Healthy, Revoked | told of one that is made of what is held | Forming, with a parent |
+//! | Healthy, Revoked | told of one that is not | Aborting, then Forming |
+//! | Forming | done | Healthy; with a parent, Releasing |
+//! | Forming | failed, missed, given up, told of a newer one | Aborting |
+//! | Releasing | done | Healthy |
+//! | Healthy | broke | Revoking; without revoke, Aborting |
+//! | Revoking | done | Revoked |
+//! | Revoking | failed, missed | Aborting |
+//! | Aborting | done | Empty, or Forming what was told meanwhile |
+//! | Healthy | leaves | Leaving, then Empty |
+//! | Releasing, Aborting | missed | Exit |
+//! | any | missed for the second time, no answer at all | Exit |
+//!
 //! One thing is done at a time, and has a ticket; whoever does it answers with the ticket, or a clock says that it missed its
 //! deadline. What comes with an older ticket is about something that was given up, and changes nothing.
 //!
