@@ -61,6 +61,8 @@ pub struct Communicator {
     /// Ends everything that waits in the newest world.
     abort: AbortHandle,
     broken: Option<Broken>,
+    /// Whether a reduction was started that was not finished.
+    started: bool,
 }
 
 /// Why there is no communicator.
@@ -104,7 +106,7 @@ impl Communicator {
         let owner = Owner::start(nccl.clone(), locals.clone()).map_err(OpenError::System)?;
         let life = Life::new(nccl.version());
         let abort = AbortHandle::new();
-        Ok(Communicator { nccl, life, owner, locals, options, abort, broken: None })
+        Ok(Communicator { nccl, life, owner, locals, options, abort, broken: None, started: false })
     }
 
     /// What each rank of this process brings along to the next world: for the coordinator, who chooses the
@@ -183,6 +185,10 @@ impl Communicator {
             return Err(FormError::Devices { ranks, devices });
         }
         self.abort = abort;
+        if std::mem::take(&mut self.started) {
+            // What was started and not finished is given up: what a world is made of has to be quiet.
+            self.settle(life::Event::Broke);
+        }
         let Settled { refused, trouble } = self.settle(life::Event::Told(world));
         if let Some(refusal) = refused {
             return Err(refusal.into());
@@ -215,7 +221,39 @@ impl Communicator {
         let part =
             |buffer: &DeviceBuffer<T>| Part { input: buffer.allocation(), output: buffer.allocation() };
         let alike = data.iter().all(|buffer| buffer.len() == len);
-        self.reduce(data.iter().map(part).collect(), alike, len, T::DTYPE, op)
+        self.reduce(Task::Reduce, data.iter().map(part).collect(), alike, len, T::DTYPE, op)
+    }
+
+    /// Begins to combine the elements of all ranks, in place, and returns as soon as the devices have been given the work: they
+    /// do it beside other work of theirs. What was started is done in order, on every rank the same.
+    ///
+    /// Until [`finish`](Communicator::finish) has returned, what is in `data` is undefined.
+    pub fn start_all_reduce<T: Element>(
+        &mut self,
+        data: &[&DeviceBuffer<T>],
+        op: ReduceOp,
+    ) -> Result<(), ReduceError> {
+        let len = data.first().map_or(0, |buffer| buffer.len());
+        let part =
+            |buffer: &&DeviceBuffer<T>| Part { input: buffer.allocation(), output: buffer.allocation() };
+        let alike = data.iter().all(|buffer| buffer.len() == len);
+        self.reduce(Task::Start, data.iter().map(part).collect(), alike, len, T::DTYPE, op)?;
+        self.started = true;
+        Ok(())
+    }
+
+    /// Waits until all that was started is done. If it fails, none of it has a result.
+    pub fn finish(&mut self) -> Result<(), ReduceError> {
+        if let Some(broken) = &self.broken {
+            return Err(broken.clone().into());
+        }
+        if !self.started {
+            return Ok(());
+        }
+        let generation = self.usable()?;
+        self.collect(generation, Task::Finish(self.abort.clone()))?;
+        self.started = false;
+        Ok(())
     }
 
     /// Combines the `input`s of all ranks into `output`, on a stream of its own. If it fails, `input` is what it was, and what is
@@ -231,11 +269,12 @@ impl Communicator {
         let parts =
             pairs.map(|(input, output)| Part { input: input.allocation(), output: output.allocation() });
         let alike = input.len() == output.len() && input.iter().chain(output.iter()).all(|b| b.len() == len);
-        self.reduce(parts.collect(), alike, len, T::DTYPE, op)
+        self.reduce(Task::Reduce, parts.collect(), alike, len, T::DTYPE, op)
     }
 
     fn reduce(
         &mut self,
+        task: impl FnOnce(Reduce, AbortHandle) -> Task,
         parts: Vec<Part>,
         alike: bool,
         count: usize,
@@ -250,14 +289,22 @@ impl Communicator {
         if op == ReduceOp::Mean && is_integer {
             return Err(ReduceError::Unsupported { op, dtype });
         }
-        if let Some(broken) = &self.broken {
-            return Err(broken.clone().into());
+        let generation = self.usable()?;
+        self.collect(generation, task(Reduce { parts, count, dtype, op }, self.abort.clone()))
+    }
+
+    /// The generation in which a collective can be called.
+    fn usable(&self) -> Result<Generation, ReduceError> {
+        match (&self.broken, self.life.usable()) {
+            (Some(broken), _) => Err(broken.clone().into()),
+            (None, Some(held)) => Ok(held.generation),
+            (None, None) => Err(ReduceError::NotFormed),
         }
-        let Some(generation) = self.life.usable().map(|held| held.generation) else {
-            return Err(ReduceError::NotFormed);
-        };
+    }
+
+    /// Has a collective's task done; if that fails, the world is broken.
+    fn collect(&mut self, generation: Generation, task: Task) -> Result<(), ReduceError> {
         let stall = self.options.stall;
-        let task = Task::Reduce(Reduce { parts, count, dtype, op }, self.abort.clone());
         let (event, trouble) = match self.owner.ask(task, stall) {
             Some(Answer::Done | Answer::Id(_)) => return Ok(()),
             Some(Answer::Failed(trouble)) => (life::Event::Broke, trouble),
@@ -280,6 +327,9 @@ impl Communicator {
 
     /// Leaves in good order, together with all ranks of the world. This one can form worlds afterwards.
     pub fn leave(&mut self) -> Result<(), Left> {
+        if self.started && self.finish().is_err() {
+            return Err(self.left());
+        }
         let had = self.life.usable().is_some();
         let Settled { trouble, .. } = self.settle(life::Event::Leave);
         match (self.exit(), had, trouble) {
@@ -290,6 +340,7 @@ impl Communicator {
     }
 
     fn break_for(&mut self, generation: Generation, trouble: Trouble) -> Broken {
+        self.started = false;
         let broken = Broken { generation, trouble, left: self.left() };
         self.broken.insert(broken).clone()
     }

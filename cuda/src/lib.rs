@@ -14,8 +14,8 @@
 //! Both libraries are loaded at run time. The crate builds and starts on a machine that has never seen CUDA, and
 //! [`probe`] says in words what is missing.
 //!
-//! Read in this order: `way` (what a world is made of), `life` (what follows what: pure), `communicator` (what callers use), `owner`
-//! (every call that is made), `nccl` and `driver` (what is called).
+//! Read in this order: `way` (what a world is made of), `life` (what follows what: pure), `communicator` (what callers use), `owner` and
+//! `hands` (every call that is made), `nccl` and `driver` (what is called); then `buckets` (a step's gradients).
 //!
 //! # Invariants
 //! The tests cite these numbers.
@@ -45,6 +45,7 @@ mod life;
 
 mod broken;
 mod communicator;
+mod hands;
 mod owner;
 mod wait;
 
@@ -55,12 +56,14 @@ mod memory;
 mod nccl;
 mod unique_id;
 
+mod buckets;
 mod kernels;
 mod nvrtc;
 
 mod probe;
 
 pub use broken::{Broken, FormError, Left, ReduceError, Trouble};
+pub use buckets::{BucketError, Buckets};
 pub use communicator::{Communicator, OpenError, Options, SeedError};
 pub use driver::{Driver, DriverError, Event, Gpu, Stream};
 pub use kernels::{DIGEST_CHUNK_MIN, Kernels, Packed, Work};
