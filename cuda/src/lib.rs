@@ -20,8 +20,9 @@
 //! # Invariants
 //! The tests cite these numbers.
 //!
-//! - **G-1** Nothing is waited for without a deadline: every call into NCCL and the driver is one that returns at once and is then
-//!   asked about, and who asked for it waits by a deadline for the case that it does not return.
+//! - **G-1** No peer and no device is waited for without a deadline: NCCL's calls are those that return at once and are then asked
+//!   about, and who asked for one waits by a deadline too, for the case that it does not return. What a caller asks of the
+//!   driver alone (memory, a stream) takes as long as the driver takes.
 //! - **G-2** A handle is used by nobody after its abort: it is out of reach before the abort is called. One thread holds all
 //!   of them.
 //! - **G-3** A communicator is never shrunk by what one rank saw: the list of who is gone is the committed one, and it has
