@@ -5,12 +5,13 @@
 mod common;
 
 use std::thread;
-use std::time::Duration;
 
 use common::{BOUND, control, driver, nccl};
 use half::{bf16, f16};
 use reknit_collectives::{AbortHandle, DType, Element, ReduceOp};
-use reknit_cuda::{Communicator, DeviceBuffer, Gpu, Options, ReduceError, Stream, UniqueId, Way, World};
+use reknit_cuda::{
+    Communicator, DeviceBuffer, Gpu, Image, Kernels, Options, ReduceError, Stream, UniqueId, Way, Work, World,
+};
 use reknit_membership::ids::{Generation, Rank, WorldSize};
 
 fn open(devices: &[u32]) -> (Communicator, Vec<Gpu>) {
@@ -50,9 +51,9 @@ fn each<R: Send>(size: usize, work: impl Fn(usize, &mut Communicator, &[Gpu]) ->
     results
 }
 
-/// A rank's numbers: whole and small, so that every order of adding gives the same.
-fn input(rank: usize, len: usize) -> Vec<i64> {
-    (0..len).map(|at| ((at * 7 + rank * 3) % 20) as i64).collect()
+/// A rank's number: whole and small, so that every order of adding gives the same.
+fn input(rank: usize, at: usize) -> i64 {
+    ((at * 7 + rank * 3) % 20) as i64
 }
 
 fn check<T: Element + PartialEq + std::fmt::Debug>(size: usize, number: impl Fn(i64) -> T + Sync) {
@@ -63,12 +64,12 @@ fn check<T: Element + PartialEq + std::fmt::Debug>(size: usize, number: impl Fn(
     let cases: Vec<(ReduceOp, usize)> = ops.flat_map(|op| [0, 1, 5, 1000].map(|len| (op, len))).collect();
     each(size, |rank, communicator, gpus| {
         for (op, len) in &cases {
-            let host: Vec<T> = input(rank, *len).into_iter().map(&number).collect();
+            let host: Vec<T> = (0..*len).map(|at| number(input(rank, at))).collect();
             let mut data = [DeviceBuffer::from_host(&gpus[0], &host, BOUND).unwrap()];
             communicator.all_reduce(&mut data, *op).unwrap();
             let expected: Vec<T> = (0..*len)
                 .map(|at| {
-                    let numbers = (0..size).map(|rank| input(rank, *len)[at]);
+                    let numbers = (0..size).map(|rank| input(rank, at));
                     match op {
                         ReduceOp::Sum => number(numbers.sum()),
                         ReduceOp::Min => number(numbers.min().unwrap()),
@@ -165,13 +166,20 @@ fn without_a_world_nothing_is_reduced() {
 #[test]
 fn a_reduction_waits_for_the_work_that_it_is_told_to_wait_for() {
     each(2, |rank, communicator, gpus| {
+        let kernels = Kernels::load(&gpus[0], &Image::new(b"any".to_vec())).unwrap();
         let compute = Stream::on(&gpus[0]).unwrap();
-        let event = compute.record().unwrap();
-        communicator.after(0, &event).unwrap();
-        let mut data = [DeviceBuffer::from_host(&gpus[0], &[rank as f64], BOUND).unwrap()];
+        // What takes longer than a reduction of one number, before what makes that number.
+        let large = DeviceBuffer::from_host(&gpus[0], &vec![1.0f32; 4 << 20], BOUND).unwrap();
+        let small = DeviceBuffer::from_host(&gpus[0], &[rank as f32], BOUND).unwrap();
+        let data: [DeviceBuffer<f32>; 1] = [DeviceBuffer::from_host(&gpus[0], &[-5.0], BOUND).unwrap()];
+        let mut works: Vec<Work> =
+            (0..8).map(|_| kernels.pack(&compute, &large, &large, 0, 1.0).unwrap()).collect();
+        works.push(kernels.pack(&compute, &small, &data[0], 0, 2.0).unwrap());
+        communicator.after(0, works[8].event()).unwrap();
+        let mut data = data;
         communicator.all_reduce(&mut data, ReduceOp::Max).unwrap();
-        assert!(event.is_done().unwrap() && compute.is_done().unwrap());
-        assert_eq!(data[0].to_host(Duration::from_secs(5)).unwrap(), [1.0]);
+        assert_eq!(data[0].to_host(BOUND).unwrap(), [2.0]);
+        works.into_iter().for_each(|work| work.wait(BOUND).unwrap());
     });
 }
 

@@ -15,7 +15,7 @@ pub mod kernels;
 
 use std::collections::HashSet;
 use std::ffi::{c_char, c_int, c_uint, c_void};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -44,6 +44,9 @@ pub struct StreamHandle {
     /// Gives the stream work: the function is called with the argument, in the stream's order.
     pub give: extern "C" fn(*const StreamHandle, extern "C" fn(*mut c_void), *mut c_void),
     work: Mutex<Option<Sender<Work>>>,
+    /// How much it was given, and how much of that it has done.
+    given: AtomicU64,
+    done: Arc<AtomicU64>,
 }
 
 type Work = Box<dyn FnOnce() + Send>;
@@ -267,6 +270,7 @@ fn give(stream: *mut c_void, work: impl FnOnce() + Send + 'static) -> Result {
     // SAFETY: it is one of the streams that are alive; destroying one that is being used is an error with NVIDIA's too.
     let handle = unsafe { &*stream.cast::<StreamHandle>() };
     let sender = handle.work.lock().unwrap_or_else(PoisonError::into_inner);
+    handle.given.fetch_add(1, Ordering::AcqRel);
     match sender.as_ref().map(|sender| sender.send(Box::new(work))) {
         Some(Ok(())) => SUCCESS,
         Some(Err(_)) | None => INVALID_HANDLE,
@@ -282,15 +286,19 @@ pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, flags: c_uint)
         return INVALID_VALUE;
     }
     let (sender, works) = channel::<Work>();
+    let done = Arc::new(AtomicU64::new(0));
+    let count = done.clone();
     let spawned = std::thread::Builder::new().name("stand-in-stream".to_owned()).spawn(move || {
         for work in works {
             work();
+            count.fetch_add(1, Ordering::AcqRel);
         }
     });
     if spawned.is_err() {
         return OUT_OF_MEMORY;
     }
-    let handle = StreamHandle { magic: STREAM_MAGIC, give: give_call, work: Mutex::new(Some(sender)) };
+    let (work, given) = (Mutex::new(Some(sender)), AtomicU64::new(0));
+    let handle = StreamHandle { magic: STREAM_MAGIC, give: give_call, work, given, done };
     let raw = Box::into_raw(Box::new(handle));
     with_alive(|alive| alive.streams.insert(raw as usize));
     // SAFETY: as above.
@@ -320,18 +328,13 @@ fn mark(stream: *mut c_void) -> std::result::Result<Arc<AtomicBool>, Result> {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamQuery(stream: *mut c_void) -> Result {
-    let reached = match mark(stream) {
-        Ok(reached) => reached,
-        Err(error) => return error,
-    };
-    // What was given before may be over at this moment: a little time makes the answer that of now.
-    for _ in 0..100 {
-        if reached.load(Ordering::Acquire) {
-            return SUCCESS;
-        }
-        std::thread::yield_now();
+    if !with_alive(|alive| alive.streams.contains(&(stream as usize))) {
+        return INVALID_HANDLE;
     }
-    NOT_READY
+    // SAFETY: it is one of the streams that are alive.
+    let handle = unsafe { &*stream.cast::<StreamHandle>() };
+    let all_done = handle.done.load(Ordering::Acquire) == handle.given.load(Ordering::Acquire);
+    if all_done { SUCCESS } else { NOT_READY }
 }
 
 fn event_of<'a>(event: *mut c_void) -> std::result::Result<&'a EventHandle, Result> {
