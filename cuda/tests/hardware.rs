@@ -9,12 +9,19 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::BOUND;
+use common::process::{Process, check_sum, form_fresh, together};
 use half::{bf16, f16};
 use reknit_collectives::{AbortHandle, Element, ReduceOp};
 use reknit_cuda::{
     Communicator, DeviceBuffer, Driver, Gpu, Kernels, Nccl, Nvrtc, Options, Stream, Target, Way, World,
 };
 use reknit_membership::ids::{Generation, Rank, WorldSize};
+
+/// What the processes of the tests below run.
+#[test]
+fn rank_process() {
+    common::process::be_a_rank();
+}
 
 /// The GPUs of this machine; none, with a notice.
 fn gpus() -> Vec<Gpu> {
@@ -40,7 +47,7 @@ fn open(gpus: &[Gpu]) -> Communicator {
     Communicator::open(Nccl::load().unwrap(), gpus, Options::default()).unwrap()
 }
 
-fn check_sum<T: Element + PartialEq>(
+fn check_type<T: Element + PartialEq>(
     communicator: &mut Communicator,
     gpus: &[Gpu],
     number: impl Fn(i64) -> T,
@@ -62,13 +69,13 @@ fn check_sum<T: Element + PartialEq>(
 }
 
 fn check_all(communicator: &mut Communicator, gpus: &[Gpu]) {
-    check_sum(communicator, gpus, |number| number as f32);
-    check_sum(communicator, gpus, |number| number as f64);
-    check_sum(communicator, gpus, |number| f16::from_f64(number as f64));
-    check_sum(communicator, gpus, |number| bf16::from_f64(number as f64));
-    check_sum(communicator, gpus, |number| number as i32);
-    check_sum(communicator, gpus, |number| number);
-    check_sum(communicator, gpus, |number| number as u8);
+    check_type(communicator, gpus, |number| number as f32);
+    check_type(communicator, gpus, |number| number as f64);
+    check_type(communicator, gpus, |number| f16::from_f64(number as f64));
+    check_type(communicator, gpus, |number| bf16::from_f64(number as f64));
+    check_type(communicator, gpus, |number| number as i32);
+    check_type(communicator, gpus, |number| number);
+    check_type(communicator, gpus, |number| number as u8);
 }
 
 #[test]
@@ -145,4 +152,68 @@ fn kernels_give_what_the_host_gives() {
     println!("digests of {} bytes after {:?}", bytes.len(), start.elapsed());
     let expected = bytes.chunks(chunk as usize).map(twox_hash::xxhash3_128::Hasher::oneshot);
     assert!(got.iter().map(|digest| digest.0).eq(expected));
+}
+
+/// Survivors of a kill, each with a GPU and a process of its own, go on by shrinking, or afresh if this NCCL cannot; then a newcomer takes
+/// the place of the dead.
+#[test]
+fn survivors_of_a_kill_go_on_and_a_newcomer_joins() {
+    let count = gpus().len();
+    if count < 3 {
+        println!("passed over: it takes three GPUs, here are {count}");
+        return;
+    }
+    let open = |at: usize| {
+        let mut process = Process::start();
+        process.expect(&format!("open real=1 first={at} stall=20000"), "ok");
+        process
+    };
+    let mut ranks: Vec<Process> = (0..count).map(open).collect();
+    form_fresh(&mut ranks, 1);
+    check_sum(&mut ranks);
+    let mut dying = ranks.pop().unwrap();
+    ranks.iter_mut().for_each(|rank| rank.tell("reduce 1000 1"));
+    dying.kill();
+    let mut handles = true;
+    for rank in &mut ranks {
+        let mut timed = rank.answers_within(Duration::from_secs(5)).map(|answer| (answer, "by itself"));
+        if timed.is_none() {
+            // NCCL has seen nothing: it is the coordinator who knows, and aborts.
+            println!("a survivor was still waiting after 5 s");
+            timed = Some((rank.answer(), "by its deadline"));
+        }
+        let (answer, how) = timed.unwrap();
+        println!("told {how}: {answer}");
+        assert!(answer.starts_with("broken"), "{answer}");
+        handles &= answer.ends_with("[Handle]");
+    }
+    let survivors = ranks.len();
+    let start = Instant::now();
+    if handles {
+        let told = ranks.iter_mut().enumerate();
+        let told = told.map(|(rank, r)| (r, format!("form 2 {survivors} {rank} shrink 1 {survivors}")));
+        for answer in together(told) {
+            assert_eq!(answer, "formed");
+        }
+    } else {
+        form_fresh(&mut ranks, 2);
+    }
+    println!("formed by {} after {:?}", if handles { "shrinking" } else { "a fresh init" }, start.elapsed());
+    check_sum(&mut ranks);
+    let mut newcomer = open(survivors);
+    let start = Instant::now();
+    let id = ranks[0].ask("grow-id");
+    if id.len() == 256 {
+        newcomer.tell(&format!("form 3 {count} {survivors} grow 2 {survivors} {id}"));
+        let told = ranks.iter_mut().enumerate();
+        let told = told.map(|(rank, r)| (r, format!("form 3 {count} {rank} grow 2 {survivors} {id}")));
+        assert!(together(told).iter().all(|answer| answer == "formed"));
+        assert_eq!(newcomer.answer(), "formed");
+        ranks.push(newcomer);
+    } else {
+        ranks.push(newcomer);
+        form_fresh(&mut ranks, 3);
+    }
+    println!("a newcomer joined after {:?}", start.elapsed());
+    check_sum(&mut ranks);
 }

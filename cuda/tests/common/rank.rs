@@ -4,7 +4,9 @@ use std::thread;
 use std::time::Duration;
 
 use reknit_collectives::{AbortHandle, BreakReason, ReduceOp};
-use reknit_cuda::{Communicator, DeviceBuffer, FormError, Gpu, Options, ReduceError, UniqueId, Way, World};
+use reknit_cuda::{
+    Communicator, DeviceBuffer, Driver, FormError, Gpu, Nccl, Options, ReduceError, UniqueId, Way, World,
+};
 use reknit_membership::ids::{Generation, Rank as RankId, WorldSize};
 
 use super::{BOUND, control, driver, nccl_path};
@@ -35,7 +37,7 @@ fn id(text: &str) -> UniqueId {
 }
 
 impl Rank {
-    /// `faults ...`, `open [form=MS revoke=MS abort=MS leave=MS stall=MS devices=N]`, `id`, `grow-id`,
+    /// `faults ...`, `open [real=1 first=N form=MS revoke=MS abort=MS leave=MS stall=MS devices=N]`, `id`, `grow-id`,
     /// `form GENERATION SIZE RANKS fresh ID | shrink PARENT EXCLUDE | grow PARENT QUORUM ID`, `reduce LEN VALUE`,
     /// `abort-in MS`, `break`, `leave`, `close`, `exit`, `offers`, `calls`, `wrong`, `alive`, `threads`.
     pub(crate) fn obey(&mut self, line: &str) -> String {
@@ -84,7 +86,7 @@ impl Rank {
 
     fn open(&mut self, settings: &[&str]) -> String {
         let mut options = Options { form: BOUND, stall: BOUND, revoke: BOUND, abort: BOUND, leave: BOUND };
-        let mut devices = 1;
+        let (mut first, mut devices, mut real) = (0, 1, false);
         for setting in settings {
             let (name, value) = setting.split_once('=').unwrap();
             match name {
@@ -94,14 +96,20 @@ impl Rank {
                 "abort" => options.abort = ms(value),
                 "leave" => options.leave = ms(value),
                 "devices" => devices = value.parse().unwrap(),
+                "first" => first = value.parse().unwrap(),
+                "real" => real = true,
                 other => panic!("{other}"),
             }
         }
-        let nccl = match reknit_cuda::Nccl::load_from(&nccl_path()) {
+        let (nccl, driver) = match real {
+            true => (Nccl::load(), Driver::load().unwrap()),
+            false => (Nccl::load_from(&nccl_path()), driver()),
+        };
+        let nccl = match nccl {
             Ok(nccl) => nccl,
             Err(missing) => return missing.to_string(),
         };
-        self.gpus = (0..devices).map(|index| driver().gpu(index).unwrap()).collect();
+        self.gpus = (first..first + devices).map(|index| driver.gpu(index).unwrap()).collect();
         self.communicator = Some(Communicator::open(nccl, &self.gpus, options).unwrap());
         "ok".to_owned()
     }
