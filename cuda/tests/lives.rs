@@ -286,7 +286,7 @@ fn a_seat_that_is_not_the_one_told_is_not_taken() {
 fn g4_a_world_that_is_given_up_for_a_newer_one_makes_way_for_it() {
     let mut ranks = ranks(2, "");
     let id = ranks[0].ask("id");
-    ranks[0].expect("abort-in 100", "ok");
+    ranks[0].expect("arm 100", "ok");
     ranks[0].tell(&format!("form 1 2 0 fresh {id}"));
     let (answer, took) = ranks[0].timed_answer();
     assert_eq!(answer, "failed: it was given up: it was aborted [Nothing]");
@@ -351,6 +351,44 @@ fn leaving_alone_ends_by_its_deadline() {
     assert_eq!(answer, "Err(Nothing)");
     assert!(took < PROMPT, "{took:?}");
     calls(&mut ranks[..1]);
+}
+
+/// What a coordinator does about a death: it tells the survivors, a moment later, wherever they are.
+#[test]
+fn a_kill_at_any_instant_frees_the_survivors_for_the_next_world() {
+    let mut ranks = ranks(3, "");
+    let mut generation = 0;
+    for round in 0..16u64 {
+        generation += 1;
+        let id = ranks[round as usize % 2].ask("id");
+        for (rank, process) in ranks.iter_mut().enumerate() {
+            process.expect("arm 300", "ok");
+            process.tell(&format!("form {generation} 3 {rank} fresh {id}"));
+        }
+        // Before anything has happened, while it forms, and after: forming takes some milliseconds.
+        std::thread::sleep(Duration::from_micros(round * 500));
+        ranks.pop().unwrap().kill();
+        for process in &mut ranks {
+            let (formed, took) = process.timed_answer();
+            assert!(took < PROMPT, "G-1: round {round}: {formed} after {took:?}");
+            assert!(formed == "formed" || formed.starts_with("failed: "), "round {round}: {formed}");
+            if formed == "formed" {
+                process.tell("reduce 1000 1");
+                let (reduced, took) = process.timed_answer();
+                assert!(took < PROMPT, "G-1: round {round}: {reduced} after {took:?}");
+                assert!(reduced.starts_with("broken: "), "round {round}: {reduced}");
+            }
+        }
+        let mut newcomer = Process::start();
+        newcomer.expect("open", "ok");
+        ranks.push(newcomer);
+        if round % 4 == 3 {
+            generation += 1;
+            form_fresh(&mut ranks, generation);
+            check_sum(&mut ranks);
+        }
+    }
+    calls(&mut ranks);
 }
 
 #[test]

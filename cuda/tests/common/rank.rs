@@ -16,11 +16,22 @@ use super::{BOUND, control, driver, nccl_path};
 pub(crate) struct Rank {
     communicator: Option<Communicator>,
     gpus: Vec<Gpu>,
+    /// Ends the world that there is, or was.
     abort: AbortHandle,
+    /// Ends the next one.
+    armed: Option<AbortHandle>,
 }
 
 fn ms(text: &str) -> Duration {
     Duration::from_millis(text.parse().unwrap())
+}
+
+fn abort_in(after: Duration, abort: AbortHandle) -> String {
+    thread::spawn(move || {
+        thread::sleep(after);
+        abort.abort(BreakReason::Aborted);
+    });
+    "ok".to_owned()
 }
 
 fn numbers(text: &str) -> Vec<RankId> {
@@ -39,7 +50,7 @@ fn id(text: &str) -> UniqueId {
 impl Rank {
     /// `faults ...`, `open [real=1 first=N form=MS revoke=MS abort=MS leave=MS stall=MS devices=N]`, `id`, `grow-id`,
     /// `form GENERATION SIZE RANKS fresh ID | shrink PARENT EXCLUDE | grow PARENT QUORUM ID`, `reduce LEN VALUE`,
-    /// `abort-in MS`, `break`, `leave`, `close`, `exit`, `offers`, `calls`, `wrong`, `alive`, `threads`.
+    /// `abort-in MS`, `arm MS` (an abort of the next world), `break`, `leave`, `close`, `exit`, `offers`, `calls`, `wrong`, `alive`, `threads`.
     pub(crate) fn obey(&mut self, line: &str) -> String {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[0] {
@@ -52,14 +63,8 @@ impl Rank {
             "grow-id" => self.seed(Communicator::grow_id),
             "form" => self.form(&words[1..]),
             "reduce" => self.reduce(words[1].parse().unwrap(), words[2].parse().unwrap()),
-            "abort-in" => {
-                let (abort, after) = (self.abort.clone(), ms(words[1]));
-                thread::spawn(move || {
-                    thread::sleep(after);
-                    abort.abort(BreakReason::Aborted);
-                });
-                "ok".to_owned()
-            }
+            "abort-in" => abort_in(ms(words[1]), self.abort.clone()),
+            "arm" => abort_in(ms(words[1]), self.armed.get_or_insert_default().clone()),
             "break" => {
                 self.communicator().break_up(BreakReason::Aborted);
                 "ok".to_owned()
@@ -135,8 +140,7 @@ impl Rank {
         };
         let (ranks, size) = (numbers(words[2]), size(words[1]));
         let world = World { generation: generation(words[0]), size, ranks, way };
-        // What was armed by `abort-in` before is this world's.
-        let abort = if self.abort.is_aborted() { AbortHandle::new() } else { self.abort.clone() };
+        let abort = self.armed.take().unwrap_or_default();
         self.abort = abort.clone();
         match self.communicator().form(world, abort) {
             Ok(()) => "formed".to_owned(),
