@@ -209,7 +209,8 @@ impl Communicator {
         self.locals[device].side.wait_for(event)
     }
 
-    /// Combines the elements of all ranks, in place, on a stream of its own. If it fails, what is in `data` is undefined.
+    /// Combines the elements of all ranks, in place, on a stream of its own. If it fails, what is in `data` is undefined. A mean
+    /// is of floats alone, and NCCL's own, of which the last bits may differ from the ring's.
     ///
     /// There is one buffer for each of this process's devices, in their order.
     pub fn all_reduce<T: Element>(

@@ -1,6 +1,7 @@
 //! Every call that is made with a communicator's handles, by the thread that owns them.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::time::{Duration, Instant};
 
 use reknit_collectives::{AbortHandle, BreakReason};
@@ -21,14 +22,17 @@ use crate::way::{Way, World};
 /// `NCCL_SHRINK_ABORT`: ends what the parent runs before it is shrunk.
 const SHRINK_ABORT: c_int = 1;
 
-/// Handles, one for each device, at an address that NCCL may write to while they are being made.
+/// Handles, one for each device.
 type Handles = Box<[RawComm]>;
+
+/// Handles that are being made, at addresses that a thread of NCCL's may write to meanwhile.
+type Slots = Box<[AtomicPtr<c_void>]>;
 
 pub(crate) struct Hands {
     nccl: Nccl,
     locals: Vec<Local>,
     formed: Handles,
-    child: Handles,
+    child: Slots,
     parent: Handles,
     /// What a shrink or a grow under way was given by address.
     lent: Lent,
@@ -87,6 +91,15 @@ fn none(len: usize) -> Handles {
     vec![std::ptr::null_mut(); len].into_boxed_slice()
 }
 
+fn slots(len: usize) -> Slots {
+    std::iter::repeat_with(AtomicPtr::default).take(len).collect()
+}
+
+/// What has been written so far.
+fn written(slots: &Slots) -> Handles {
+    slots.iter().map(|slot| slot.load(Ordering::Acquire)).collect()
+}
+
 fn int(number: u32) -> c_int {
     c_int::try_from(number).unwrap_or(c_int::MAX)
 }
@@ -94,7 +107,7 @@ fn int(number: u32) -> c_int {
 impl Hands {
     pub(crate) fn new(nccl: Nccl, locals: Vec<Local>) -> Hands {
         let len = locals.len();
-        let (formed, child, parent) = (none(len), none(len), none(len));
+        let (formed, child, parent) = (none(len), slots(len), none(len));
         Hands {
             nccl,
             locals,
@@ -185,7 +198,7 @@ impl Hands {
         if !newcomer {
             self.parent = std::mem::replace(&mut self.formed, none(len));
         }
-        self.child = none(len);
+        self.child = slots(len);
         self.lent = Lent { exclude: Vec::new(), id: None, config: Some(Box::new(Config::non_blocking())) };
         match &world.way {
             Way::Fresh { .. } => {}
@@ -198,7 +211,7 @@ impl Hands {
             let (rank, size) = (int(world.ranks[at].0), int(world.size.0));
             let Lent { exclude, id, config } = &mut hands.lent;
             let config: *mut Config = config.as_mut().map_or(std::ptr::null_mut(), |config| &mut **config);
-            let child: *mut RawComm = &mut hands.child[at];
+            let child: *mut RawComm = hands.child[at].as_ptr();
             let functions = &hands.nccl.functions;
             match &world.way {
                 Way::Fresh { id } => {
@@ -231,7 +244,7 @@ impl Hands {
         })?;
         limit.wait(|| self.has_formed())?;
         self.check_seats(world)?;
-        self.formed = std::mem::replace(&mut self.child, none(len));
+        self.formed = written(&std::mem::replace(&mut self.child, slots(len)));
         self.lent = Lent::default();
         Ok(())
     }
@@ -239,7 +252,7 @@ impl Hands {
     /// Whether the children, and their parents, have nothing in progress any more.
     fn has_formed(&self) -> Option<Result<(), Trouble>> {
         let mut all = true;
-        for (at, child) in self.child.iter().enumerate() {
+        for (at, child) in written(&self.child).iter().enumerate() {
             // A parent in progress may not have written its child's handle yet.
             for comm in [self.parent[at], *child].into_iter().filter(|comm| !comm.is_null()) {
                 match self.state(at, comm) {
@@ -258,7 +271,7 @@ impl Hands {
 
     /// What NCCL gave must be what was told: else two ranks would both believe to be the same.
     fn check_seats(&self, world: &World) -> Result<(), Over> {
-        for (at, comm) in self.child.iter().enumerate() {
+        for (at, comm) in written(&self.child).iter().enumerate() {
             let (mut rank, mut size) = (0, 0);
             // SAFETY: it writes one integer; the handle is alive.
             let ranked = unsafe { (self.nccl.functions.user_rank)(*comm, &mut rank) };
@@ -318,8 +331,10 @@ impl Hands {
         // Who is being formed waits on its parent's connections: only the parent's abort frees it. So its handle is looked
         // at when that is over.
         let freed = self.abort(&[parent, formed]);
-        let child = std::mem::replace(&mut self.child, none(len));
-        let aborted = self.abort(&[child]);
+        let child = std::mem::replace(&mut self.child, slots(len));
+        let aborted = self.abort(&[written(&child)]);
+        // Only now does nobody write to them any more.
+        drop(child);
         self.lent = Lent::default();
         freed.and(aborted)?;
         self.rest(limit)

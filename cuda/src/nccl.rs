@@ -1,6 +1,6 @@
 //! NCCL: the functions of it that are used, loaded at run time, and what they answer.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, OsString, c_char, c_int, c_void};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -166,9 +166,8 @@ impl Nccl {
         if let Some(why) = version.refused() {
             return refused(version.to_string(), why);
         }
-        // It overrides what the configuration asks for, and then every call would block without a deadline.
-        if std::env::var_os("NCCL_COMM_BLOCKING").is_some_and(|value| value != "0") {
-            return refused(version.to_string(), "NCCL_COMM_BLOCKING is set: unset it, or set it to 0");
+        if let Some(why) = overridden(|variable| std::env::var_os(variable)) {
+            return refused(version.to_string(), why);
         }
         Ok(Nccl { functions, version: without_what_is_absent(version, &functions), loaded: Arc::new(loaded) })
     }
@@ -201,6 +200,19 @@ impl fmt::Debug for Nccl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Nccl({} {})", self.version, self.loaded.path)
     }
+}
+
+/// Which variable of NCCL's own takes away what this crate lives by, if one is set.
+fn overridden(variable: impl Fn(&str) -> Option<OsString>) -> Option<&'static str> {
+    if variable("NCCL_COMM_BLOCKING").is_some_and(|value| value != "0") {
+        return Some(
+            "NCCL_COMM_BLOCKING is set, so every call would block without a deadline: unset it, or set it to 0",
+        );
+    }
+    if variable("NCCL_COMM_ID").is_some() {
+        return Some("NCCL_COMM_ID is set, so every world would have the same seed: unset it");
+    }
+    None
 }
 
 /// A library that was built without a function that its release should have is one of before.
@@ -284,6 +296,17 @@ mod tests {
         for symbol in ["ncclCommGrow", "ncclCommGetUniqueId"] {
             assert!(!without(symbol).has(Feature::Grow) && without(symbol).has(Feature::Revoke), "{symbol}");
         }
+    }
+
+    #[test]
+    fn variables_that_would_make_calls_block_or_seeds_alike_are_refused() {
+        let with = |name: &'static str, value: &'static str| {
+            overridden(move |asked| (asked == name).then(|| OsString::from(value)))
+        };
+        assert!(with("NCCL_COMM_BLOCKING", "1").unwrap().contains("set it to 0"));
+        assert_eq!(with("NCCL_COMM_BLOCKING", "0"), None);
+        assert!(with("NCCL_COMM_ID", "10.0.0.1:5000").unwrap().contains("unset it"));
+        assert_eq!(with("NCCL_DEBUG", "INFO"), None);
     }
 
     #[test]

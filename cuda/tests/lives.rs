@@ -263,9 +263,9 @@ fn g3_survivors_that_were_told_different_lists_miss_their_deadline_and_are_freed
     let mut ranks: Vec<Process> = ranks.drain(..3).collect();
     let told = ["form 2 3 0 shrink 1 3", "form 2 2 1 shrink 1 2,3"].map(str::to_owned);
     let answers = together(ranks.iter_mut().zip(told));
-    for answer in answers {
-        assert_eq!(answer, "failed: it has not ended for 3s [Nothing]");
-    }
+    // Who gives up first is seen by the other one.
+    assert!(answers.contains(&"failed: it has not ended for 3s [Nothing]".to_owned()), "{answers:?}");
+    assert!(answers.iter().all(|answer| answer.ends_with("[Nothing]")), "{answers:?}");
     // The one that is not asked has its own handle; a world is formed of all of them afresh.
     ranks.iter_mut().for_each(|rank| rank.expect("open", "ok"));
     form_fresh(&mut ranks, 3);
