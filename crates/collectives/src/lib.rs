@@ -1,5 +1,5 @@
-//! Ring collectives for one world of ranks that may die at any moment: a call returns its result or says that the ring
-//! is broken, within a bound, and never hangs.
+//! Collectives for one world of ranks that may die at any moment: a call returns its result or says that the world is
+//! broken, within a bound, and never hangs. Over TCP it is a ring; ranks that are all on one host share memory.
 //!
 //! ```text
 //!              ┌──────── Listener, one per process ────────┐
@@ -13,7 +13,8 @@
 //!                                                                                    └─ its watcher: has one ended?
 //! ```
 //! Read in this order: `schedule` (who sends what when: pure), `ring` (a collective as one byte stream), `group` (what
-//! callers use), `watcher` (how a loss is noticed), `handshake` and `acceptor` (who is let in).
+//! callers use), `watcher` (how a loss is noticed), `handshake` and `acceptor` (who is let in); then `meeting` (who shares
+//! memory), `progress` (how ranks wait for each other in it), `host` (a collective in it) and `buffer`.
 //!
 //! # Invariants
 //! The tests cite these numbers.
@@ -33,6 +34,8 @@
 //! - **C-9** No peer can delay another's connection, and everything a peer can send, hold or wait for has a limit.
 //! - **C-10** Threads and descriptors end with the [`Group`], [`Door`] or [`Listener`] they belong to.
 //! - **C-11** Who sends what when is decided without IO, clock or chance.
+//! - **C-12** A rank that has given up writes to no memory that others read, but to say so; and the kernel has shared memory
+//!   back when the last rank that maps it has let go of it or has died.
 //!
 //! The crate never retries a collective, never decides who is dead (its suspects are hints), never logs, and knows
 //! nothing of a coordinator. A proof keeps strangers and stale generations out, but the bytes after it are neither

@@ -519,6 +519,7 @@ fn ranks_of_which_one_declines_do_not_share_memory() {
     });
 }
 
+/// Rule C-12: it is private once its collective has failed.
 #[test]
 fn a_buffer_outlives_its_group_and_is_added_again_in_the_next() {
     let mut world = World::with(3, options_of(SharedMemory::Offered));

@@ -252,7 +252,7 @@ fn a_rank_that_is_stopped_stalls_the_others_who_name_it_and_harms_nobody_when_it
     }
 }
 
-/// Rule C-10: the kernel has the memory of a killed rank back.
+/// Rules C-10 and C-12: the kernel has the memory of killed ranks back.
 #[test]
 fn nothing_is_left_of_killed_ranks() {
     let mut processes: Vec<Process> = (0..3).map(|_| Process::start()).collect();
