@@ -163,7 +163,7 @@ impl<'a> Run<'a> {
         };
         Ok(CollectivesFigures {
             rounds: self.rounds,
-            rows: samples.timed(&limits),
+            rows: samples.timed(|world, bytes| limits.ring_us(world, bytes)),
             limits,
             overhead_of_elasticity: compared.into_iter().map(overhead).collect::<Result<_>>()?,
             peers: self.peers.map(version).into_iter().flatten().collect(),

@@ -10,7 +10,6 @@ use super::super::stats::Spread;
 use super::super::transport::Transport;
 use super::bus_bytes;
 use super::contender::{Contender, Line};
-use super::limits::Limits;
 
 /// One row of the results.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -75,25 +74,37 @@ impl Timed {
 /// The times in microseconds that the rounds have measured.
 #[derive(Debug, Default)]
 pub(super) struct Samples {
-    times: BTreeMap<(NumberType, u32, Sum, Line), BTreeMap<Algorithm, Vec<f64>>>,
+    times: BTreeMap<Cell, BTreeMap<Algorithm, Vec<f64>>>,
+}
+
+/// Whose times they are, and of what; in the order of the results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Cell {
+    number: NumberType,
+    world: u32,
+    sum: Sum,
+    line: Line,
 }
 
 impl Samples {
     pub(super) fn add(&mut self, contender: Contender, world: u32, sum: Sum, time_us: f64) {
         let Contender { line, algorithm } = contender;
-        let by_algorithm = self.times.entry((sum.number, world, sum, line)).or_default();
+        let cell = Cell { number: sum.number, world, sum, line };
+        let by_algorithm = self.times.entry(cell).or_default();
         by_algorithm.entry(algorithm).or_default().push(time_us);
     }
 
-    /// A figure for each line, world and sum, by type, world and size: of several algorithms, the best one's.
-    pub(super) fn timed(&self, limits: &Limits) -> Vec<Timed> {
-        let timed = |((_, world, sum, line), by_algorithm): (&_, &BTreeMap<Algorithm, Vec<f64>>)| {
+    /// A figure for each line, world and sum, by type, world and size: of several algorithms, the best one's. `ring_us` is
+    /// what the streams of our ring take alone, for a world and a size.
+    pub(super) fn timed(&self, ring_us: impl Fn(u32, u64) -> Option<f64>) -> Vec<Timed> {
+        let timed = |(cell, by_algorithm): (&Cell, &BTreeMap<Algorithm, Vec<f64>>)| {
+            let Cell { world, sum, line, .. } = *cell;
             let spreads =
                 by_algorithm.iter().filter_map(|(a, times)| Some((*a, Spread::of(times.iter().copied())?)));
             let (algorithm, spread_us) = spreads.min_by(|(_, a), (_, b)| a.p50.total_cmp(&b.p50))?;
-            let timed = Timed::of(*line, *world, *sum, spread_us);
+            let timed = Timed::of(line, world, sum, spread_us);
             let streams_us = match line {
-                Line::Reknit(Transport::Tcp) => limits.ring_us(*world, sum.bytes()),
+                Line::Reknit(Transport::Tcp) => ring_us(world, sum.bytes()),
                 Line::Reknit(_) | Line::Gloo | Line::Mpi(_) => None,
             };
             let of_streams = streams_us.map(|streams_us| streams_us / timed.median_us);
@@ -107,4 +118,31 @@ impl Samples {
 /// How many times as fast ours is.
 pub(super) fn ratio(ours: &Timed, theirs: &Timed) -> f64 {
     theirs.median_us / ours.median_us
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::peers::Wire;
+    use super::*;
+
+    #[test]
+    fn the_middle_round_counts_and_of_several_algorithms_the_best_one() {
+        let mut samples = Samples::default();
+        let sum = Sum { number: NumberType::F32, elements: 1 << 18 };
+        let mut add = |line, algorithm, times: [f64; 3]| {
+            times.map(|time_us| samples.add(Contender { line, algorithm }, 4, sum, time_us))
+        };
+        add(Line::Mpi(Wire::Tcp), Algorithm::Default, [700.0, 500.0, 900.0]);
+        add(Line::Mpi(Wire::Tcp), Algorithm::Ring, [400.0, 4000.0, 400.0]);
+        add(Line::Reknit(Transport::Tcp), Algorithm::Default, [200.0, 100.0, 300.0]);
+        let timed = samples.timed(|world, bytes| (world == 4 && bytes == 1 << 20).then_some(150.0));
+        let [ours, theirs] = timed.as_slice() else { panic!("{timed:?}") };
+        assert_eq!((ours.line, ours.median_us, ours.algorithm), (Line::Reknit(Transport::Tcp), 200.0, None));
+        assert_eq!((ours.p25_us, ours.p75_us, ours.rounds), (100.0, 300.0, 3));
+        assert_eq!((ours.of_streams, theirs.of_streams), (Some(0.75), None));
+        assert_eq!((theirs.median_us, theirs.algorithm), (400.0, Some("ring")));
+        assert_eq!(ours.algbw_gbs, 5.24288);
+        assert!((ours.busbw_gbs / ours.algbw_gbs - 1.5).abs() < 1e-9);
+        assert_eq!(ratio(ours, theirs), 2.0);
+    }
 }
