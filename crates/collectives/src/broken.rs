@@ -57,7 +57,7 @@ pub enum BreakReason {
         what: &'static str,
     },
     /// The operating system refused what never fails on a healthy system.
-    #[error("the operating system refused to wait for the connections ({kind})")]
+    #[error("the operating system refused what a collective needs ({kind})")]
     System {
         /// How it refused.
         kind: io::ErrorKind,

@@ -55,13 +55,15 @@ pub(crate) struct Halls {
 }
 
 impl Halls {
-    pub(crate) fn new(ranks: usize, bytes: usize) -> Halls {
+    /// Nothing if there is no such memory.
+    pub(crate) fn new(ranks: usize, bytes: usize) -> Option<Halls> {
         // A buffer of nothing is memory too.
-        Halls { ranks, each: bytes.max(1).next_multiple_of(PAGE) }
+        let each = bytes.max(1).checked_next_multiple_of(PAGE)?;
+        each.checked_mul(ranks + 1).map(|_| Halls { ranks, each })
     }
 
     pub(crate) fn bytes(self) -> usize {
-        self.each.saturating_mul(self.ranks + 1)
+        self.each * (self.ranks + 1)
     }
 
     fn of(self, rank: usize) -> usize {
@@ -85,10 +87,10 @@ impl<T: Element> Buffer<T> {
         Buffer { memory: Memory::Shared(Shared { segment, home, halls, own, id }), len, has_result: false }
     }
 
-    /// One that no other process sees.
-    pub(crate) fn private(len: usize) -> Buffer<T> {
-        let memory = Memory::Private { own: vec![T::zeroed(); len], result: vec![T::zeroed(); len] };
-        Buffer { memory, len, has_result: false }
+    /// One that no other process sees; nothing if there is no memory for it.
+    pub(crate) fn private(len: usize) -> Option<Buffer<T>> {
+        let memory = Memory::Private { own: zeros(len)?, result: zeros(len)? };
+        Some(Buffer { memory, len, has_result: false })
     }
 
     /// How many elements each rank has in it.
@@ -160,6 +162,10 @@ impl<T: Element> Buffer<T> {
         let of = |rank| unsafe { elements::<T>(segment, offset(halls.of(rank)), part.len()) };
         Inputs::new(0..halls.ranks, of).combine(op, result);
     }
+}
+
+fn zeros<T: Element>(len: usize) -> Option<Vec<T>> {
+    bytemuck::allocation::try_zeroed_vec(len).ok()
 }
 
 impl<T: Element> Deref for Buffer<T> {

@@ -1,6 +1,7 @@
 //! The live ring of one world, and the collectives that run on it.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::time::Instant;
 
 use bytemuck::Zeroable;
@@ -201,13 +202,15 @@ impl Group {
     }
 
     /// Memory for so many elements, zeros at first, from which [`all_reduce_buffer`](Group::all_reduce_buffer) takes them
-    /// without a copy. All ranks make the same buffers in the same order; it is a collective like the others.
+    /// without a copy. All ranks make the same buffers in the same order; it is a collective like the others, and breaks the
+    /// group if there is no memory for it.
     pub fn buffer<T: Element>(&mut self, len: usize) -> Result<Buffer<T>, Broken> {
         let kind = CallKind::Buffer { dtype: T::DTYPE };
         if !self.shares_memory() {
             // The same call everywhere, or it is none: that is all there is to agree upon.
             self.counted_call::<u8>(kind, len as u64, &[], &mut [], ControlWord::NONE)?;
-            return Ok(Buffer::private(len));
+            let none = BreakReason::System { kind: ErrorKind::OutOfMemory };
+            return Buffer::private(len).ok_or_else(|| self.breaks(Vec::new(), none));
         }
         let mut made = None;
         self.on_host(kind, len, ControlWord::NONE, |host, call, stop| {
@@ -419,14 +422,17 @@ impl Group {
         &mut self,
         result: Result<ControlWord, (Vec<Rank>, BreakReason)>,
     ) -> Result<ControlWord, Broken> {
-        result.map_err(|(suspects, reason)| {
-            // Whatever an abort leads to, the abort is the reason.
-            let (suspects, reason) = match self.abort.reason() {
-                Some(reason) => (Vec::new(), reason),
-                None => (suspects, reason),
-            };
-            self.broken.insert(Broken { generation: self.generation, suspects, reason }).clone()
-        })
+        result.map_err(|(suspects, reason)| self.breaks(suspects, reason))
+    }
+
+    /// Remembers that the group is broken.
+    fn breaks(&mut self, suspects: Vec<Rank>, reason: BreakReason) -> Broken {
+        // Whatever an abort leads to, the abort is the reason.
+        let (suspects, reason) = match self.abort.reason() {
+            Some(reason) => (Vec::new(), reason),
+            None => (suspects, reason),
+        };
+        self.broken.insert(Broken { generation: self.generation, suspects, reason }).clone()
     }
 
     /// Lends out the scratch, as `len` elements of whatever value.

@@ -58,7 +58,8 @@ impl<'a, T: Element> Inputs<'a, T> {
 /// # Safety
 /// Nobody writes to them for as long as they are borrowed. `offset` is aligned for them.
 pub(crate) unsafe fn elements<T: Element>(segment: &Segment, offset: usize, len: usize) -> &[T] {
-    let at = segment.at(offset, len * size_of::<T>()).cast::<T>();
+    let bytes = len.checked_mul(size_of::<T>()).expect("there is no such memory");
+    let at = segment.at(offset, bytes).cast::<T>();
     debug_assert!(at.is_aligned());
     // SAFETY: it is mapped for as long as the segment is borrowed, any bytes are an element, and the rest is the caller's.
     unsafe { std::slice::from_raw_parts(at.as_ptr(), len) }
@@ -70,7 +71,8 @@ pub(crate) unsafe fn elements<T: Element>(segment: &Segment, offset: usize, len:
 /// Nobody else reads or writes them for as long as they are borrowed. `offset` is aligned for them.
 #[expect(clippy::mut_from_ref, reason = "what is shared between processes has no one owner")]
 pub(crate) unsafe fn elements_mut<T: Element>(segment: &Segment, offset: usize, len: usize) -> &mut [T] {
-    let at = segment.at(offset, len * size_of::<T>()).cast::<T>();
+    let bytes = len.checked_mul(size_of::<T>()).expect("there is no such memory");
+    let at = segment.at(offset, bytes).cast::<T>();
     debug_assert!(at.is_aligned());
     // SAFETY: as above.
     unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), len) }

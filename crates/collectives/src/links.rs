@@ -137,7 +137,11 @@ impl Links {
             (false, true) => Some(Stop::Lost),
             (false, false) => None,
         };
-        let fault = match work(host, &stop) {
+        let (progress, rank) = (host.progress().clone(), host.rank());
+        let mut unwinding = Unwinding { watcher, progress, rank, is_over: false };
+        let result = work(host, &stop);
+        unwinding.is_over = true;
+        let fault = match result {
             Ok(word) => {
                 self.watcher.finish(Outcome::Done);
                 return Ok(word);
@@ -184,6 +188,24 @@ impl Links {
             Fault::Aborted => (Vec::new(), BreakReason::Aborted),
             Fault::System(kind) => (Vec::new(), BreakReason::System { kind }),
         }
+    }
+}
+
+/// Gives up for a rank that panics in the middle of a collective: its counts would mean nothing any more.
+struct Unwinding<'a> {
+    watcher: &'a Watcher,
+    progress: Progress,
+    rank: Rank,
+    is_over: bool,
+}
+
+impl Drop for Unwinding<'_> {
+    fn drop(&mut self) {
+        if self.is_over {
+            return;
+        }
+        self.progress.give_up(self.rank);
+        self.watcher.finish(Outcome::Failed(None));
     }
 }
 

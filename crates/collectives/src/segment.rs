@@ -13,14 +13,14 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 /// Every part of a segment that one rank writes begins at a multiple of this, so that no two write to one page: on machines
 /// with several memories each page lies where it was first written.
 pub(crate) const PAGE: usize = 4096;
 
 /// No more is asked of the kernel at once; what is asked for is only taken when it is written to.
-const BYTES_MAX: usize = 1 << 42;
+pub(crate) const BYTES_MAX: usize = 1 << 42;
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
@@ -132,6 +132,9 @@ fn map(file: &impl AsFd, bytes: usize) -> io::Result<NonNull<u8>> {
     let flags = MapFlags::SHARED | MapFlags::NORESERVE;
     // SAFETY: it is a new mapping at an address of the kernel's choice.
     let memory = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, access, flags, file, 0)? };
+    // A child that a rank forks, to load data say, shall not keep it.
+    // SAFETY: it is the mapping that was just made, of which nobody knows yet; it changes nothing in this process.
+    let _ = unsafe { rustix::mm::madvise(memory, bytes, Advice::LinuxDontFork) };
     NonNull::new(memory.cast()).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 

@@ -565,3 +565,14 @@ fn who_takes_another_buffer_than_the_others_is_told() {
     let text = results[0].to_string();
     assert!(text.contains("buffer 0 of 64 u8") && text.contains("buffer 1 of 64 u8"), "{text}");
 }
+
+#[test]
+fn a_buffer_larger_than_memory_can_be_is_an_error() {
+    for way in WAYS {
+        for len in [usize::MAX, 1 << 61, 1 << 45] {
+            let groups = World::with(2, options_of(way)).form();
+            let (_, results) = each(groups, move |group| group.buffer::<f64>(len).map(|buffer| buffer.len()));
+            assert!(results.iter().all(Result::is_err), "{way:?}: {results:?}");
+        }
+    }
+}

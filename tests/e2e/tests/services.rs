@@ -121,15 +121,17 @@ fn the_collectives_are_a_table_a_file_of_rows_beside_limits_and_a_picture() {
     let rows = figures["rows"].as_array().unwrap();
     let mut seen = BTreeSet::new();
     for row in rows {
-        assert_eq!((&row["impl"], &row["transport"]), (&"reknit".into(), &"tcp".into()), "{row}");
+        assert_eq!(row["impl"], "reknit", "{row}");
         for path in ["median_us", "algbw_gbs", "busbw_gbs"] {
             positive(row, path);
         }
         let numbers = ["world", "bytes"].map(|key| row[key].as_u64().unwrap());
-        seen.insert((row["type"].as_str().unwrap().to_owned(), numbers));
+        let [transport, number] = ["transport", "type"].map(|key| row[key].as_str().unwrap().to_owned());
+        assert!(["tcp", "shm", "shm-buffer"].contains(&transport.as_str()), "{row}");
+        seen.insert((transport, number, numbers));
     }
     // A quick run leaves the large sizes out.
-    assert_eq!((rows.len(), seen.len()), (2 * 2 * 3, 2 * 2 * 3), "{seen:?}");
+    assert_eq!((rows.len(), seen.len()), (3 * 2 * 2 * 3, 3 * 2 * 2 * 3), "{seen:?}");
     for limit in [
         "memcpy_gbs",
         "add_gbs",
@@ -148,7 +150,11 @@ fn the_collectives_are_a_table_a_file_of_rows_beside_limits_and_a_picture() {
     );
     assert!(overhead["cost_percent"]["p50"].is_f64(), "{overhead}");
     let picture = std::fs::read_to_string(svg).unwrap();
-    assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n") && picture.contains("reknit tcp"));
+    assert!(
+        picture.starts_with("<svg ")
+            && picture.ends_with("</svg>\n")
+            && picture.contains("reknit shm-buffer")
+    );
 }
 
 #[test]
