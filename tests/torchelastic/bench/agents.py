@@ -379,9 +379,6 @@ def run_all(options, samples):
             settle = random.Random(f"{scenario} {round}").uniform(2, 7)
             ways = options.ways[round % len(options.ways) :] + options.ways[: round % len(options.ways)]
             for size, way in [(size, way) for size in sizes(scenario, options) for way in ways]:
-                # Two cores are few for so many, and one measurement takes long.
-                if size >= 8 and round >= 2:
-                    continue
                 case = {"scenario": scenario, "agents": size, "way": way}
                 lost = [sample for sample in samples if case.items() <= sample.items() and "total" not in sample]
                 if WAYS[way].may_be_hopeless and len(lost) >= options.repeat_stock:
@@ -407,7 +404,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--repeat-stock", type=int, default=2, help="how often what never comes to an end with stock torchrun is tried")
     parser.add_argument("--patience", type=float, default=75.0, help="how long a change is waited for, in seconds")
-    parser.add_argument("--agents", default="2,4,8", help="how many agents form a group; 8 and more in two rounds at most")
+    parser.add_argument("--agents", default="2,4,8", help="how many agents form a group")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--json", help="a file for every single sample")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SCENARIOS))
