@@ -18,6 +18,7 @@ What is shown, in seconds:
 * connected: from when the last worker has imported torch until the last of all has done its first all_reduce.
 * rendezvous part: the sum of these three. That is everything but starting, importing and stopping. For a formation from cold it is
   `agreed` alone.
+* agent CPU: what an agent takes of one core while its worker trains and nothing happens, in percent; the mean of those that run.
 
 If the agents needed more than one rendezvous, `agreed` is from the first to the last, with the starting of workers in between, and the
 remarks say so; they also count what was taken off --max-restarts. The JSON has the rest too: `starting`, `stopping`, and `told`, which
@@ -91,6 +92,8 @@ class Stock:
     environment = {}
     # Whoever else is on the machine of each agent, and dies with it.
     beside = ()
+    # Where it differs from another way.
+    scenarios = None
 
     def __init__(self, reknit):
         self.coordinator = StockStore()
@@ -144,7 +147,32 @@ class Package(Endpoint):
         return ["--rdzv-backend=reknit", f"--rdzv-endpoint={self.coordinator.url}"]
 
 
-WAYS = {"stock": Stock, "stock-unshared": StockUnshared, "endpoint": Endpoint, "relay": Relayed, "package": Package}
+class PackageLooksOften(Package):
+    """The same with agents that look every 20 ms instead of every 100 ms, where they look for a change at all."""
+
+    scenarios = ("kill", "kill-rank-0", "join")
+
+    def options(self, nodes):
+        return [*super().options(nodes), "--monitor-interval=0.02"]
+
+
+WAYS = {
+    "stock": Stock,
+    "stock-unshared": StockUnshared,
+    "endpoint": Endpoint,
+    "relay": Relayed,
+    "package": Package,
+    "package-20ms": PackageLooksOften,
+}
+
+
+def cpu(pid):
+    """The seconds that all of its threads have run."""
+    total = 0
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/schedstat") as file:
+            total += int(file.read().split()[0])
+    return total / 1e9
 
 
 class Job(Fleet):
@@ -195,7 +223,10 @@ class Job(Fleet):
         formed = self.wait(lambda: self.first(size), PATIENCE)
         if not formed:
             raise RuntimeError(f"there is no world of {size} to begin with; see {self.dir}")
+        began, used = time.time(), sum(cpu(agent.pid) for agent in self.alive())
         self.wait(lambda: time.time() > max(line["at"] for line in formed.values()) + self.settle, PATIENCE)
+        used = sum(cpu(agent.pid) for agent in self.alive()) - used
+        self.agent_cpu = 100 * used / (time.time() - began) / size
         if not self.events("steps"):
             raise RuntimeError(f"the world of {size} does not train; see {self.dir}")
         return formed
@@ -231,6 +262,7 @@ class Job(Fleet):
             told = instants("told", running, min)
             seen.update(noticed=stops - there, stopping=entered - stops, told=max(told) - there if told else None)
             seen["rendezvous"] = seen["noticed"] + seen["agreed"] + seen["connected"]
+            seen["agent CPU"] = self.agent_cpu
         seen["rounds"] = max(sum(line["event"] == "leaves" and line["agent"] == agent for line in lines) for agent in formed)
         seen["restarts"] = sum(line["restarts"] for line in formed.values())
         return dict(outcome="ok", **seen)
@@ -355,7 +387,7 @@ def remarks(samples):
 
 
 def show(samples):
-    columns = ["total", "without import", "rendezvous", "noticed", "agreed", "connected"]
+    columns = ["total", "without import", "rendezvous", "noticed", "agreed", "connected", "agent CPU"]
     for scenario, size in dict.fromkeys((sample["scenario"], sample["agents"]) for sample in samples):
         of_case = [sample for sample in samples if (sample["scenario"], sample["agents"]) == (scenario, size)]
         is_gap = scenario == "coordinator"
@@ -379,6 +411,8 @@ def run_all(options, samples):
             settle = random.Random(f"{scenario} {round}").uniform(2, 7)
             ways = options.ways[round % len(options.ways) :] + options.ways[: round % len(options.ways)]
             for size, way in [(size, way) for size in sizes(scenario, options) for way in ways]:
+                if scenario not in (WAYS[way].scenarios or SCENARIOS):
+                    continue
                 case = {"scenario": scenario, "agents": size, "way": way}
                 lost = [sample for sample in samples if case.items() <= sample.items() and "total" not in sample]
                 if WAYS[way].may_be_hopeless and len(lost) >= options.repeat_stock:
