@@ -4,7 +4,8 @@
 
 Clients are PyTorch's own, one process each. Each round measures both servers, one after the other and in changing order; what is shown is the
 median over the rounds, with the least and the most. CPU is that of the server's process alone. Beside both stands what the least
-possible server takes (`floor.c`), for the operations with one reply.
+possible servers take (`floor.c`: with epoll, and with io_uring in two ways), for the operations with one reply, and what a server that
+takes no CPU at all could reach if all cores were always busy: the clients want theirs too.
 """
 
 import argparse
@@ -25,7 +26,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 VALUE = "v" * 64
-# What floor.c answers with one reply.
+# How floor.c can do it, and what it answers with one reply.
+FLOORS = ("epoll", "uring", "sqpoll")
 FLOOR_OPERATIONS = ("get", "add", "check")
 # How many wait for one key, and how often that is done in a round.
 WAITERS, WAVES = 64, 20
@@ -134,17 +136,17 @@ class Ours:
 
 
 class Floor:
-    """The least that a server could do: see floor.c."""
+    """The least that a server could do: see floor.c. It says no port if the system forbids io_uring."""
 
-    name = "floor"
-
-    def __init__(self):
+    def __init__(self, how):
+        self.name = how
         self.dir = tempfile.TemporaryDirectory(prefix="reknit-floor-")
         program = os.path.join(self.dir.name, "floor")
         source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "floor.c")
         subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", program, source], check=True)
-        self.process = subprocess.Popen([program], stdout=subprocess.PIPE, text=True)
-        self.address, self.pid = ("127.0.0.1", int(self.process.stdout.readline())), self.process.pid
+        self.process = subprocess.Popen([program, how], stdout=subprocess.PIPE, text=True)
+        self.port, self.pid = self.process.stdout.readline(), self.process.pid
+        self.address = ("127.0.0.1", int(self.port or 0))
 
     def close(self):
         self.process.kill()
@@ -225,7 +227,8 @@ def main():
     parser.add_argument("--json")
     options = parser.parse_args()
     multiprocessing.set_start_method("fork")
-    servers = {"pytorch": Theirs(), "reknit": Ours(options.reknit), "floor": Floor()}
+    floors = [floor for floor in map(Floor, FLOORS) if floor.port]
+    servers = {server.name: server for server in (Theirs(), Ours(options.reknit), *floors)}
     measured = {}
     for round in range(options.repeat):
         order = list(servers.values())
@@ -234,12 +237,12 @@ def main():
         for operation in OPERATIONS:
             for clients in (1, 8):
                 for server in order:
-                    if server.name == "floor" and operation not in FLOOR_OPERATIONS:
+                    if server.name in FLOORS and operation not in FLOOR_OPERATIONS:
                         continue
                     seen = rate(server, operation, clients, options.seconds)
                     measured.setdefault((operation, clients, server.name), []).append(seen)
         for server in order:
-            if server.name == "floor":
+            if server.name in FLOORS:
                 continue
             measured.setdefault(("wait fan-out", WAITERS, server.name), []).append(fan_out(server, WAVES))
     rows = []
@@ -252,16 +255,20 @@ def main():
         ours = [statistics.median(values) for values in zip(*seen)]
         peer = [statistics.median(values) for values in zip(*theirs)]
         row = {"operation": operation, "clients": clients, "reknit": seen, "pytorch": theirs}
-        least = row["floor"] = measured.get((operation, clients, "floor"))
+        row["floors"] = {how: measured[case] for how in FLOORS if (case := (operation, clients, how)) in measured}
         rows.append(row)
         if operation == "wait fan-out":
             print(f"{operation:<14} {clients:>7} first {ours[0]:.2f} ms, last {ours[1]:.2f} ms; pytorch {peer[0]:.2f}, {peer[1]:.2f}")
             continue
         ratios = [o[0] / p[0] for o, p in zip(seen, theirs)]
         floor = ""
-        if least:
+        for how, least in row["floors"].items():
             rates, cpus = ([f[i] / p[i] for f, p in zip(least, theirs)] for i in (0, 1))
-            floor = f"   {statistics.median(rates):.2f}, CPU {statistics.median(cpus):.2f}"
+            floor += f"   {how} {statistics.median(rates):.2f}, CPU {statistics.median(cpus):.2f}"
+        if floor and clients >= os.cpu_count():
+            # All that the cores do for one operation, against the same without the server's part.
+            whole = [os.cpu_count() / rate * 1e6 for rate, _ in theirs]
+            floor += f"   nothing {statistics.median(w / (w - p[1]) for w, p in zip(whole, theirs)):.2f}"
         print(
             f"{operation:<14} {clients:>7} {ours[0]:>10.0f} {peer[0]:>10.0f} {statistics.median(ratios):>6.2f} "
             f"{ours[1]:>7.2f} {peer[1]:>7.2f} {ours[1] / peer[1]:>6.2f}   ({min(ratios):.2f} to {max(ratios):.2f}){floor}"
