@@ -5,7 +5,7 @@
 Clients are PyTorch's own, one process each. Each round measures both servers, one after the other and in changing order; what is shown is the
 median over the rounds, with the least and the most. CPU is that of the server's process alone. Beside both stands what the least
 possible servers take (`floor.c`: with epoll, and with io_uring in two ways), for the operations with one reply, and what a server that
-takes no CPU at all could reach if all cores were always busy: the clients want theirs too.
+takes no CPU at all could reach if all cores were always busy, and with nothing else: the clients want theirs too.
 """
 
 import argparse
