@@ -28,6 +28,8 @@ use crate::segment::{PAGE, Segment};
 /// It belongs to the group that made it, and outlives it: another group combines it as it does any memory.
 pub struct Buffer<T> {
     memory: Memory<T>,
+    /// How many elements there are in its memory, and how many of them are in use.
+    room: usize,
     len: usize,
     /// Whether the result is one.
     has_result: bool,
@@ -84,13 +86,18 @@ impl<T: Element> Buffer<T> {
         len: usize,
         id: u32,
     ) -> Buffer<T> {
-        Buffer { memory: Memory::Shared(Shared { segment, home, halls, own, id }), len, has_result: false }
+        Buffer {
+            memory: Memory::Shared(Shared { segment, home, halls, own, id }),
+            room: len,
+            len,
+            has_result: false,
+        }
     }
 
     /// One that no other process sees; nothing if there is no memory for it.
     pub(crate) fn private(len: usize) -> Option<Buffer<T>> {
         let memory = Memory::Private { own: zeros(len)?, result: zeros(len)? };
-        Some(Buffer { memory, len, has_result: false })
+        Some(Buffer { memory, room: len, len, has_result: false })
     }
 
     /// How many elements each rank has in it.
@@ -103,13 +110,29 @@ impl<T: Element> Buffer<T> {
         self.len == 0
     }
 
+    /// How many it was made for.
+    pub fn room(&self) -> usize {
+        self.room
+    }
+
+    /// Takes only the first `len` of the elements that it was made for into use, so that collectives over fewer elements
+    /// need no buffer of their own. All ranks must have as many. There is no result then.
+    ///
+    /// # Panics
+    /// If it was made for fewer.
+    pub fn set_len(&mut self, len: usize) {
+        assert!(len <= self.room, "a buffer of {} elements has no {len}", self.room);
+        self.len = len;
+        self.has_result = false;
+    }
+
     /// What the last collective made of all ranks' elements; nothing before the first, and after one that failed.
     ///
     /// Where ranks share memory it is one result for all of them, which is why it cannot be written to.
     pub fn result(&self) -> &[T] {
         match &self.memory {
             _ if !self.has_result => &[],
-            Memory::Private { result, .. } => result,
+            Memory::Private { result, .. } => &result[..self.len],
             // SAFETY: the others write to it only when this rank has entered the next collective over this buffer, which
             // needs it whole; and then it is a result again only if that collective succeeds.
             Memory::Shared(Shared { segment, halls, .. }) => unsafe {
@@ -137,12 +160,14 @@ impl<T: Element> Buffer<T> {
     /// After a break this is a must: others may still be reading this rank's elements, and the caller may write to them.
     pub(crate) fn detach(&mut self) -> (&mut [T], &mut [T]) {
         if let Memory::Shared(_) = self.memory {
+            let len = std::mem::replace(&mut self.len, self.room);
             let own = self.to_vec();
-            self.memory = Memory::Private { own, result: vec![T::zeroed(); self.len] };
-            self.has_result = false;
+            self.memory = Memory::Private { own, result: vec![T::zeroed(); self.room] };
+            self.set_len(len);
         }
+        let len = self.len;
         match &mut self.memory {
-            Memory::Private { own, result } => (own, result),
+            Memory::Private { own, result } => (&mut own[..len], &mut result[..len]),
             Memory::Shared(_) => unreachable!("it has just been made private"),
         }
     }
@@ -173,7 +198,7 @@ impl<T: Element> Deref for Buffer<T> {
 
     fn deref(&self) -> &[T] {
         match &self.memory {
-            Memory::Private { own, .. } => own,
+            Memory::Private { own, .. } => &own[..self.len],
             // SAFETY: only this rank writes to its own elements, and only through `deref_mut`.
             Memory::Shared(Shared { segment, halls, own, .. }) => unsafe {
                 elements(segment, halls.of(*own), self.len)
@@ -185,7 +210,7 @@ impl<T: Element> Deref for Buffer<T> {
 impl<T: Element> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         match &mut self.memory {
-            Memory::Private { own, .. } => own,
+            Memory::Private { own, .. } => &mut own[..self.len],
             // SAFETY: the others read them only in a collective over this buffer, which needs it whole; and once that
             // has failed on this rank the buffer is shared no more.
             Memory::Shared(Shared { segment, halls, own, .. }) => unsafe {

@@ -234,6 +234,12 @@ fn check_reductions<T: Number>(group: &mut Group, op: ReduceOp, len: usize) {
     buffer.copy_from_slice(&input);
     group.all_reduce_buffer(&mut buffer, op, ControlWord::NONE).unwrap();
     assert_eq!((buffer.result(), &buffer[..]), (&output[..], &input[..]), "{context}");
+    buffer.set_len(len / 2);
+    assert!(buffer.result().is_empty() && buffer.room() == len, "{context}");
+    group.all_reduce_buffer(&mut buffer, op, ControlWord::NONE).unwrap();
+    assert_eq!((buffer.result(), &buffer[..]), (&output[..len / 2], &input[..len / 2]), "{context}");
+    buffer.set_len(len);
+    assert_eq!(buffer[..], input[..], "{context}");
 
     let own_part = part(len, group.size(), group.rank());
     let mut scattered = vec![T::from(3.0); own_part.len()];

@@ -115,18 +115,44 @@ impl<'t> Step<'t> {
     /// # Errors
     /// [`Interrupted`] if the world broke or a rank has [failed](Step::fail): `mean` is then what it was.
     pub fn all_reduce_mean<T: Gradient>(&mut self, mean: &mut [T]) -> Result<(), Interrupted> {
+        self.all_reduce_means(&mut [mean])
+    }
+
+    /// The same for many gradients, in one collective: so small ones cost no more than large ones.
+    ///
+    /// # Errors
+    /// [`Interrupted`] if the world broke or a rank has [failed](Step::fail): all `means` are then what they were.
+    pub fn all_reduce_means<T: Gradient>(&mut self, means: &mut [&mut [T]]) -> Result<(), Interrupted> {
         let samples = self.samples().len();
         let weight = samples as f64 / self.trainer.order().global_batch as f64;
-        // Weighted aside: a weight cannot be taken back without rounding, and zero not at all.
-        let mut weighted: Vec<T> = self.trainer.take_scratch();
-        weighted.clear();
-        weighted.extend_from_slice(mean);
-        T::scale(&mut weighted, weight);
-        let reduced = self.collective(|group, word| group.all_reduce(&mut weighted, ReduceOp::Sum, word));
-        if reduced.is_ok() {
-            mean.copy_from_slice(&weighted);
+        let (generation, len) = (self.generation, means.iter().map(|mean| mean.len()).sum());
+        let mut kept = self.trainer.take_buffer::<T>(generation, len);
+        let reduced = self.collective(|group, word| {
+            let buffer = match &mut kept {
+                Some(buffer) => buffer,
+                none => none.insert(group.buffer(len)?),
+            };
+            buffer.set_len(len);
+            // Weighted there: a weight cannot be taken back without rounding, and zero not at all.
+            let mut rest = &mut buffer[..];
+            for mean in means.iter() {
+                let weighted = rest.split_off_mut(..mean.len()).expect("there is room for all");
+                weighted.copy_from_slice(mean);
+                T::scale(weighted, weight);
+            }
+            group.all_reduce_buffer(buffer, ReduceOp::Sum, word)
+        });
+        if let (Ok(()), Some(buffer)) = (&reduced, &kept) {
+            let mut rest = buffer.result();
+            for mean in means {
+                let (result, others) = rest.split_at(mean.len());
+                mean.copy_from_slice(result);
+                rest = others;
+            }
         }
-        self.trainer.keep_scratch(weighted);
+        if let Some(buffer) = kept {
+            self.trainer.keep_buffer(generation, buffer);
+        }
         reduced
     }
 

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use reknit_checkpoint::{Digester, Layout, State, prepare_dir, state_digest};
-use reknit_collectives::{AbortHandle, BreakReason, Broken, ControlWord, Group};
+use reknit_collectives::{AbortHandle, BreakReason, Broken, Buffer, ControlWord, Element, Group};
 use reknit_membership::holding::{Plan, Resume};
 use reknit_membership::spec::{Shape, Sharding};
 use reknit_membership::world::Place;
@@ -55,8 +55,8 @@ pub struct Trainer {
     finishing: Option<(Generation, Instant)>,
     /// The world in which a checkpoint of the last step was begun, or could not be.
     last_saved_in: Option<Generation>,
-    /// Room for a gradient that is being weighted, kept from step to step.
-    scratch: Box<dyn Any + Send>,
+    /// Where gradients are weighted and added, kept from step to step of one world.
+    buffer: Box<dyn Any + Send>,
     failure: Option<String>,
     end: Option<End>,
 }
@@ -121,7 +121,7 @@ impl Trainer {
             saves_inbox,
             finishing: None,
             last_saved_in: None,
-            scratch: Box::new(()),
+            buffer: Box::new(()),
             failure: None,
             end: None,
         };
@@ -400,14 +400,20 @@ impl Trainer {
         self.group.as_mut().filter(|group| group.generation() == generation)
     }
 
-    /// The room that was kept, or new room if that was for other numbers.
-    pub(crate) fn take_scratch<T: Send + 'static>(&mut self) -> Vec<T> {
-        let kept = std::mem::replace(&mut self.scratch, Box::new(()));
-        kept.downcast::<Vec<T>>().map(|kept| *kept).unwrap_or_default()
+    /// The buffer that was kept, if it is one of this generation's group, for such numbers and for as many. All ranks of a
+    /// world make the same calls, so all have one or none has.
+    pub(crate) fn take_buffer<T: Element>(
+        &mut self,
+        generation: Generation,
+        room: usize,
+    ) -> Option<Buffer<T>> {
+        let kept = std::mem::replace(&mut self.buffer, Box::new(()));
+        let (of, buffer) = *kept.downcast::<(Generation, Buffer<T>)>().ok()?;
+        (of == generation && buffer.room() >= room).then_some(buffer)
     }
 
-    pub(crate) fn keep_scratch<T: Send + 'static>(&mut self, scratch: Vec<T>) {
-        self.scratch = Box::new(scratch);
+    pub(crate) fn keep_buffer<T: Element>(&mut self, generation: Generation, buffer: Buffer<T>) {
+        self.buffer = Box::new((generation, buffer));
     }
 
     pub(crate) fn ring_broke(&mut self, broken: &Broken) {

@@ -69,8 +69,16 @@ fn t3_the_mean_over_unequal_shares_is_exact_and_the_same_bits_on_every_worker() 
                 while let Some(mut step) = trainer.next_step(&mut state).unwrap() {
                     let samples: Vec<u64> = step.samples().collect();
                     let sum: f32 = samples.iter().map(|sample| *sample as f32 * 0.37).sum();
-                    let mut mean = [sum / samples.len() as f32];
-                    if step.all_reduce_mean(&mut mean).is_ok() {
+                    let own = sum / samples.len() as f32;
+                    // Many gradients, of other sizes in every step and in another type, in one collective.
+                    let lens = [3, 0, 1 + step.index() as usize % 7 * 5000];
+                    let mut many = lens.map(|len| vec![f64::from(own); len]);
+                    let mut many: Vec<&mut [f64]> = many.iter_mut().map(|mean| &mut mean[..]).collect();
+                    let mut mean = [own];
+                    if step.all_reduce_means(&mut many).is_ok() && step.all_reduce_mean(&mut mean).is_ok() {
+                        let all: Vec<f64> = many.iter().flat_map(|mean| mean.iter().copied()).collect();
+                        assert!(all.iter().all(|x| x.to_bits() == all[0].to_bits()));
+                        assert!((all[0] as f32 - mean[0]).abs() <= mean[0].abs() * 1e-6);
                         means.push(mean[0]);
                         step.commit(&state);
                     }
