@@ -30,6 +30,7 @@ use super::numbers::NumberType;
 use super::peers::{Peers, Sum, Task};
 use super::rank::{Budget, Compared, Ring};
 use super::result::{Figures, Output, Row};
+use super::stats::Spread;
 use super::transport::Transport;
 use super::word::WordFigures;
 use crate::print;
@@ -46,6 +47,9 @@ const QUICK_BUDGET: Budget = Budget { time_ms: 10, calls_min: 3, calls_max: 200 
 const QUICK_BYTES: u64 = 1 << 20;
 /// From what size on an all-reduce is a matter of streams.
 const STREAM_BYTES: u64 = 1 << 20;
+/// How large groups are formed to see how long that takes, and how often in one round.
+const FORMED_WORLDS: [u32; 2] = [4, 64];
+const FORMINGS: usize = 3;
 /// What is summed with the control word and without, and how often in one round.
 const WORD_BYTES: u64 = 1 << 20;
 const WORD_PAIRS: usize = 400;
@@ -56,10 +60,19 @@ pub(super) struct CollectivesFigures {
     rounds: u32,
     rows: Vec<Timed>,
     limits: Limits,
+    /// How long groups take to form, between processes that are there.
+    forming: Vec<Forming>,
     /// An all-reduce with the control word and without.
     overhead_of_elasticity: Vec<Overhead>,
     /// The versions of what it is compared with.
     peers: BTreeMap<&'static str, String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Forming {
+    transport: Transport,
+    world: u32,
+    ms: Spread,
 }
 
 #[derive(Debug, Serialize)]
@@ -124,11 +137,18 @@ impl<'a> Run<'a> {
     fn figures(&self) -> Result<CollectivesFigures> {
         let (mut samples, mut measured) = (Samples::default(), Measured::default());
         let mut compared: BTreeMap<(u32, Transport), Compared> = BTreeMap::new();
+        let mut formed: BTreeMap<(u32, Transport), Vec<f64>> = BTreeMap::new();
         for round in 0..self.rounds {
             if self.rounds > 1 {
                 print::talk(format_args!("round {} of {}", round + 1, self.rounds));
             }
             measured.measure(self.dir, self.quick)?;
+            for (world, transport) in self.formings() {
+                let times = formed.entry((world, transport)).or_default();
+                for _ in 0..FORMINGS {
+                    times.push(Ring::form(self.dir, world, transport)?.formed_in().as_secs_f64() * 1e3);
+                }
+            }
             for world in &self.worlds {
                 measured.measure_ring(self.dir, *world, &self.stream_sizes(), self.budget)?;
                 for contender in contender::in_turn(&self.contenders, round, self.rounds) {
@@ -158,6 +178,10 @@ impl<'a> Run<'a> {
         let overhead = |((world, transport), compared): ((u32, Transport), Compared)| {
             Ok(Overhead { transport, word: WordFigures::of(world, WORD_BYTES, &compared)? })
         };
+        let forming = |((world, transport), times): ((u32, Transport), Vec<f64>)| {
+            let ms = Spread::of(times).context("no group was formed")?;
+            Ok(Forming { transport, world, ms })
+        };
         let version = |peers: &Peers| {
             [("gloo", format!("PyTorch {}", peers.gloo.version)), ("mpi", peers.mpi.version.clone())]
         };
@@ -165,6 +189,7 @@ impl<'a> Run<'a> {
             rounds: self.rounds,
             rows: samples.timed(|world, bytes| limits.ring_us(world, bytes)),
             limits,
+            forming: formed.into_iter().map(forming).collect::<Result<_>>()?,
             overhead_of_elasticity: compared.into_iter().map(overhead).collect::<Result<_>>()?,
             peers: self.peers.map(version).into_iter().flatten().collect(),
         })
@@ -172,6 +197,15 @@ impl<'a> Run<'a> {
 
     fn peers(&self) -> Result<&Peers> {
         self.peers.context("a peer that was not asked for")
+    }
+
+    /// Which groups are formed to see how long that takes. A buffer comes later, and makes no difference.
+    fn formings(&self) -> Vec<(u32, Transport)> {
+        let transports = [Transport::Tcp, Transport::Shm];
+        let asked =
+            transports.into_iter().filter(|t| self.contenders.iter().any(|c| c.line == Line::Reknit(*t)));
+        let worlds = if self.quick { &FORMED_WORLDS[..1] } else { &FORMED_WORLDS[..] };
+        asked.flat_map(|transport| worlds.iter().map(move |world| (*world, transport))).collect()
     }
 
     /// The sizes at which our ring over TCP is compared with its streams alone.

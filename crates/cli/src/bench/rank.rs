@@ -193,6 +193,7 @@ impl Live {
 pub(super) struct Ring {
     company: Company<Says>,
     ranks: Vec<PlayerId>,
+    formed_in: Duration,
 }
 
 impl Ring {
@@ -206,13 +207,21 @@ impl Ring {
                 other => bail!("a rank was to listen and says {other:?}"),
             }
         }
+        let began = Instant::now();
         for (rank, (player, next)) in (0..size).zip(ranks.iter().zip(addresses.iter().cycle().skip(1))) {
             let order = Order::Form { rank, size, next: *next, secret: [7; 32], transport };
             company.tell(*player, &order)?;
         }
-        let mut ring = Ring { company, ranks };
+        let mut ring = Ring { company, ranks, formed_in: Duration::ZERO };
         ring.each(|said| matches!(said, Says::Formed).then_some(()))?;
+        ring.formed_in = began.elapsed();
         Ok(ring)
+    }
+
+    /// How long it took from when the first rank was told to until all had said that it stands: between processes that were
+    /// there before.
+    pub(super) fn formed_in(&self) -> Duration {
+        self.formed_in
     }
 
     /// What each rank says next, in no order.

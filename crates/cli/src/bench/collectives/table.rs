@@ -5,13 +5,14 @@ use super::super::result::{Row, Target};
 use super::super::stats::Spread;
 use super::contender::Line;
 use super::timed::{Timed, ratio};
-use super::{CollectivesFigures, Overhead, targets};
+use super::{CollectivesFigures, Forming, Overhead, targets};
 
 pub(super) fn rows(figures: &CollectivesFigures) -> Vec<Row> {
-    let CollectivesFigures { rows, limits, overhead_of_elasticity, .. } = figures;
+    let CollectivesFigures { rows, limits, forming, overhead_of_elasticity, .. } = figures;
     let mut table: Vec<Row> =
         limits.lines().into_iter().map(|[what, much, beside]| Row::new(what, much).beside(beside)).collect();
     table.extend(results(rows));
+    table.extend(forming.iter().map(formed));
     table.extend(overhead_of_elasticity.iter().map(overhead));
     table
 }
@@ -51,6 +52,16 @@ fn beside(timed: &Timed, all: &[Timed]) -> (String, Vec<Target>) {
         promised.extend(limit.map(|limit| Target::AtLeast { limit, measured }));
     }
     (said.join(", "), promised)
+}
+
+fn formed(Forming { transport, world, ms }: &Forming) -> Row {
+    let Spread { n, p25, p50, p75, .. } = ms;
+    let what = format!("a group of {world} forms: reknit {}", transport.name());
+    let row = Row::new(what, format!("{p50:.1} ms ({p25:.1} to {p75:.1}, n={n})"));
+    match targets::forming_ms(*world) {
+        Some(limit) => row.target(Target::AtMost { limit, measured: *p50 }),
+        None => row,
+    }
 }
 
 fn overhead(Overhead { transport, word }: &Overhead) -> Row {

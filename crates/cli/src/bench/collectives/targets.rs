@@ -8,6 +8,15 @@ use super::contender::Line;
 /// What the control word may cost.
 pub(super) const OVERHEAD_PERCENT_MAX: f64 = 2.0;
 
+/// In how many milliseconds a group of so many is to stand again.
+pub(super) fn forming_ms(world: u32) -> Option<f64> {
+    match world {
+        4 => Some(5.0),
+        64 => Some(100.0),
+        _ => None,
+    }
+}
+
 /// At least how much of an all-reduce's time its streams alone are to take.
 pub(super) fn of_streams((number, _, bytes): (NumberType, u32, u64)) -> Option<f64> {
     (number == NumberType::F32 && bytes >= 1 << 20).then_some(0.8)
