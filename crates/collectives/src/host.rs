@@ -34,12 +34,13 @@ use crate::buffer::{Buffer, Halls};
 use crate::call::{Call, HEADER_BYTES};
 use crate::element::Element;
 use crate::inputs::{Inputs, elements, elements_mut};
-use crate::progress::{self, Progress, Stop, Stuck, Waiting};
+use crate::progress::{Progress, Stop, Stuck, Waiting};
 use crate::reduce::ReduceOp;
 use crate::schedule::part;
 use crate::secret::Nonce;
 use crate::segment::{BYTES_MAX, PAGE, Segment, Whereabouts};
 use crate::word::ControlWord;
+use crate::words::{self, SegmentWords};
 
 /// How many slots a rank has.
 const SLOTS: u64 = 3;
@@ -69,7 +70,7 @@ impl Layout {
     }
 
     fn nonce(self) -> usize {
-        progress::bytes(self.ranks)
+        words::bytes(self.ranks)
     }
 
     /// Where the first rank says where a further segment is.
@@ -168,7 +169,7 @@ impl<T> Operands<'_, T> {
 impl Host {
     pub(crate) fn new(segment: Segment, layout: Layout, own: usize, spin: Duration, stall: Duration) -> Host {
         let segment = Arc::new(segment);
-        let progress = Progress::new(segment.clone(), own, layout.ranks);
+        let progress = Progress::new(SegmentWords(segment.clone()), own, layout.ranks);
         Host { layout, segment, progress, own, step: 0, turn: 0, results: None, buffers: 0, spin, stall }
     }
 

@@ -58,6 +58,7 @@ mod progress;
 mod ring;
 mod segment;
 mod transport;
+mod words;
 
 mod abort;
 mod broken;

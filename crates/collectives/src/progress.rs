@@ -14,35 +14,19 @@
 //! words once more before it gives up itself: had the one that is gone finished this collective, then everybody has done
 //! all steps of it, and their words say so by now (C-6).
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use reknit_membership::ids::Rank;
-use rustix::io::Errno;
-use rustix::thread::futex;
 
-use crate::segment::Segment;
-
-/// Where the words are in the segment, each in a line of the cache of its own; two lines, for they are fetched in pairs.
-const LINE: usize = 128;
-const GIVEN_UP: usize = 0;
-const BELL: usize = LINE;
-const SLEEPERS: usize = 2 * LINE;
-const PROGRESS: usize = 3 * LINE;
+use crate::words::{SegmentWords, Words};
 
 /// How often who waits looks before it asks for the time.
 const LOOKS: u32 = 64;
 
-/// How many bytes at the start of a segment it takes, for so many ranks.
-pub(crate) const fn bytes(ranks: usize) -> usize {
-    PROGRESS + ranks * LINE
-}
-
 /// The words of all ranks of a host, as one of them sees them.
 #[derive(Debug, Clone)]
-pub(crate) struct Progress {
-    segment: Arc<Segment>,
+pub(crate) struct Progress<W = SegmentWords> {
+    words: W,
     own: usize,
     ranks: usize,
     /// How long a rank that waits keeps its core: not at all if another rank may need it.
@@ -60,23 +44,23 @@ pub(crate) enum Stuck {
     Stalled { waited: Duration, late: Vec<Rank> },
 }
 
-impl Progress {
+impl<W: Words> Progress<W> {
     /// How long a rank keeps its core at most.
     const KEEP_CORE: Duration = Duration::from_micros(20);
 
-    /// The words of the rank `own` of so many, at the start of `segment`.
-    pub(crate) fn new(segment: Arc<Segment>, own: usize, ranks: usize) -> Progress {
-        assert!(own < ranks && segment.bytes() >= bytes(ranks), "a rank has its words");
+    /// What the rank `own` of so many does with the words.
+    pub(crate) fn new(words: W, own: usize, ranks: usize) -> Progress<W> {
+        assert!(own < ranks, "a rank has its words");
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let keep_core = if ranks <= cores { Progress::KEEP_CORE } else { Duration::ZERO };
-        Progress { segment, own, ranks, keep_core }
+        let keep_core = if ranks <= cores { Self::KEEP_CORE } else { Duration::ZERO };
+        Progress { words, own, ranks, keep_core }
     }
 
     /// Says that this rank has done `step`: all that it wrote before is there for who sees it.
     pub(crate) fn count(&self, step: u64) {
-        self.progress(self.own).store(step, Ordering::Release);
-        fence(Ordering::SeqCst);
-        if self.sleepers().load(Ordering::Relaxed) > 0 {
+        self.words.set_progress(self.own, step);
+        self.words.fence();
+        if self.words.sleepers() > 0 {
             self.ring();
         }
     }
@@ -84,16 +68,14 @@ impl Progress {
     /// Says that this rank does no further step, because of `suspect`. Who said so first is heard.
     pub(crate) fn give_up(&self, suspect: Rank) {
         // Zero is nobody.
-        let code = suspect.0 + 1;
-        let _ = self.given_up().compare_exchange(0, code, Ordering::Release, Ordering::Relaxed);
+        self.words.give_up(suspect.0 + 1);
         self.ring();
     }
 
     /// Wakes all who sleep, of this process and of others, so that they look.
     pub(crate) fn ring(&self) {
-        self.bell().fetch_add(1, Ordering::SeqCst);
-        // It cannot fail: the word is mapped and aligned.
-        let _ = futex::wake(self.bell(), futex::Flags::empty(), u32::MAX >> 1);
+        self.words.ring();
+        self.words.wake_all();
     }
 
     /// Waits until all ranks have done `step`, but not after `stop` says so, and not for longer than `stall` in which
@@ -126,11 +108,11 @@ impl Progress {
     }
 
     fn sleep(&self, step: u64, begun: Instant, waiting: &Waiting<'_>) -> Result<(), Stuck> {
-        let _asleep = Asleep::new(self.sleepers());
+        let _asleep = Asleep::new(&self.words);
         let mut since = begun;
         let mut counted = self.sum();
         loop {
-            let seen = self.bell().load(Ordering::SeqCst);
+            let seen = self.words.bell();
             let mut first_late = 0;
             if self.all_have(step, &mut first_late) {
                 return Ok(());
@@ -149,12 +131,7 @@ impl Progress {
                 // The last one may have come just now.
                 return if late.is_empty() { Ok(()) } else { Err(Stuck::Stalled { waited, late }) };
             }
-            let timeout = left.try_into().ok();
-            match futex::wait(self.bell(), futex::Flags::empty(), seen, timeout.as_ref()) {
-                Ok(()) | Err(Errno::AGAIN | Errno::INTR | Errno::TIMEDOUT) => {}
-                // There is no other error for a word that is mapped and aligned. Whatever it is, look again.
-                Err(_) => std::thread::yield_now(),
-            }
+            self.words.sleep(seen, left);
         }
     }
 
@@ -162,7 +139,7 @@ impl Progress {
     fn check(&self, step: u64, waiting: &Waiting<'_>) -> Result<(), Stuck> {
         // Who gives up says so before it ends its connections, and knows better who was lost than who sees these end.
         let stop = (waiting.stop)();
-        let stuck = match (self.given_up().load(Ordering::Acquire), stop) {
+        let stuck = match (self.words.given_up(), stop) {
             (0, None) => return Ok(()),
             (0, Some(stop)) => Stuck::Stopped(stop),
             (code, _) => Stuck::GivenUp(Rank(code - 1)),
@@ -173,7 +150,7 @@ impl Progress {
     /// Whether all ranks have done `step`. `first_late` is the first that may not have.
     fn all_have(&self, step: u64, first_late: &mut usize) -> bool {
         while *first_late < self.ranks {
-            if self.progress(*first_late).load(Ordering::Acquire) < step {
+            if self.words.progress(*first_late) < step {
                 return false;
             }
             *first_late += 1;
@@ -182,28 +159,12 @@ impl Progress {
     }
 
     fn late(&self, step: u64) -> Vec<Rank> {
-        let late = |rank: &usize| self.progress(*rank).load(Ordering::Acquire) < step;
+        let late = |rank: &usize| self.words.progress(*rank) < step;
         (0..self.ranks).filter(late).map(|rank| Rank(rank as u32)).collect()
     }
 
     fn sum(&self) -> u64 {
-        (0..self.ranks).fold(0, |sum, rank| sum.wrapping_add(self.progress(rank).load(Ordering::Relaxed)))
-    }
-
-    fn progress(&self, rank: usize) -> &AtomicU64 {
-        self.segment.long_word(PROGRESS + rank * LINE)
-    }
-
-    fn given_up(&self) -> &AtomicU32 {
-        self.segment.word(GIVEN_UP)
-    }
-
-    fn bell(&self) -> &AtomicU32 {
-        self.segment.word(BELL)
-    }
-
-    fn sleepers(&self) -> &AtomicU32 {
-        self.segment.word(SLEEPERS)
+        (0..self.ranks).fold(0, |sum, rank| sum.wrapping_add(self.words.progress(rank)))
     }
 }
 
@@ -226,34 +187,40 @@ pub(crate) enum Stop {
 
 /// One more who sleeps, for as long as it lives. A rank that is killed in its sleep stays counted: from then on the bell
 /// is rung in vain, for a group that is broken anyway.
-struct Asleep<'a>(&'a AtomicU32);
+struct Asleep<'a, W: Words>(&'a W);
 
-impl<'a> Asleep<'a> {
-    fn new(sleepers: &'a AtomicU32) -> Asleep<'a> {
-        sleepers.fetch_add(1, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        Asleep(sleepers)
+impl<'a, W: Words> Asleep<'a, W> {
+    fn new(words: &'a W) -> Asleep<'a, W> {
+        words.lie_down();
+        words.fence();
+        Asleep(words)
     }
 }
 
-impl Drop for Asleep<'_> {
+impl<W: Words> Drop for Asleep<'_, W> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.get_up();
     }
 }
 
 #[cfg(test)]
+mod model_tests;
+
+#[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 
     use super::*;
+    use crate::segment::Segment;
+    use crate::words::bytes;
 
     const LONG: Duration = Duration::from_secs(60);
 
     fn ranks(count: usize) -> Vec<Progress> {
         let segment = Arc::new(Segment::create(bytes(count)).unwrap());
-        (0..count).map(|rank| Progress::new(segment.clone(), rank, count)).collect()
+        (0..count).map(|rank| Progress::new(SegmentWords(segment.clone()), rank, count)).collect()
     }
 
     fn waiting(stop: &dyn Fn() -> Option<Stop>) -> Waiting<'_> {
@@ -309,14 +276,14 @@ mod tests {
             let wait = scope.spawn(|| {
                 all[0].wait(1, &waiting(&|| stop.load(Ordering::Acquire).then_some(Stop::Aborted)))
             });
-            while all[0].sleepers().load(Ordering::Acquire) == 0 {
+            while all[0].words.sleepers() == 0 {
                 thread::yield_now();
             }
             stop.store(true, Ordering::Release);
             all[0].ring();
             assert_eq!(wait.join().unwrap(), Err(Stuck::Stopped(Stop::Aborted)));
         });
-        assert_eq!(all[0].sleepers().load(Ordering::Acquire), 0);
+        assert_eq!(all[0].words.sleepers(), 0);
     }
 
     #[test]
