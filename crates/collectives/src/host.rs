@@ -24,21 +24,20 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use reknit_membership::ids::{Rank, WorldSize};
-use rustix::io::Errno;
 
 use crate::buffer::{Buffer, Halls};
 use crate::call::{Call, HEADER_BYTES};
 use crate::element::Element;
+use crate::further::{self, Label};
 use crate::inputs::{Inputs, elements, elements_mut};
 use crate::progress::{Progress, Stop, Stuck, Waiting};
 use crate::reduce::ReduceOp;
 use crate::schedule::part;
 use crate::secret::Nonce;
-use crate::segment::{BYTES_MAX, PAGE, Segment, Whereabouts};
+use crate::segment::{PAGE, Segment, Whereabouts};
 use crate::word::ControlWord;
 use crate::words::{self, SegmentWords};
 
@@ -538,65 +537,27 @@ impl Host {
 
     /// Makes a further segment if this is the first rank, and says where it is.
     fn make_further(&self, bytes: usize) -> Result<Option<Segment>, HostFault> {
-        // Before anybody counts: all ranks ask for as much.
-        let bytes = further_bytes(bytes).ok_or(HostFault::System(io::ErrorKind::InvalidInput))?;
-        if self.own != 0 {
-            return Ok(None);
-        }
-        let segment = Segment::create(bytes).map_err(|why| HostFault::System(why.kind()))?;
-        let label = segment.at(bytes - PAGE, size_of::<Label>()).cast::<Label>();
-        // SAFETY: it is in the segment, aligned, and nobody else knows of that one yet.
-        unsafe { label.write(self.label()) };
-        let Whereabouts { pid, fd } = segment.whereabouts().expect("it was just made");
-        let word = u64::from(pid) << 32 | u64::from(fd);
-        self.segment.long_word(self.layout.further()).store(word, Ordering::Relaxed);
-        Ok(Some(segment))
+        let word = self.segment.long_word(self.layout.further());
+        further::make(word, bytes, self.label(self.step), self.own == 0)
     }
 
-    /// The further segment that this rank or the first has made before it counted.
-    ///
-    /// A rank that comes late may find that the first one has given up meanwhile, and has another file by that number: then
-    /// the first is as good as gone. Only what this rank itself is short of is its own fault.
+    /// The further segment that this rank or the first has made for the step that all have counted since.
     fn find_further(&self, bytes: usize, made: Option<Segment>) -> Result<Segment, HostFault> {
-        if let Some(made) = made {
-            return Ok(made);
-        }
-        let gone = HostFault::Stuck(Stuck::GivenUp(Rank(0)));
-        let bytes = further_bytes(bytes).ok_or(HostFault::System(io::ErrorKind::InvalidInput))?;
-        let word = self.segment.long_word(self.layout.further()).load(Ordering::Relaxed);
-        let place = Whereabouts { pid: (word >> 32) as u32, fd: word as u32 };
-        let segment = Segment::open(place, bytes).map_err(|why| {
-            match why.raw_os_error().map(Errno::from_raw_os_error) {
-                Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM) => HostFault::System(why.kind()),
-                _ => gone.clone(),
+        match made {
+            Some(made) => Ok(made),
+            None => {
+                let word = self.segment.long_word(self.layout.further());
+                further::find(word, bytes, self.label(self.step - 1))
             }
-        })?;
-        let label = segment.at(bytes - PAGE, size_of::<Label>()).cast::<Label>();
-        // SAFETY: it is in the segment and aligned. If this is the segment that it should be, it was written before anybody was
-        // told of it; if it is another one, nothing depends on what is read.
-        let found = unsafe { label.read() };
-        // The first rank had not begun this step when it made it; all have counted it since.
-        if found == self.label_at(self.step - 1) { Ok(segment) } else { Err(gone) }
+        }
     }
 
-    /// What says that a further segment is one of this world, made for the next step.
-    fn label(&self) -> Label {
-        self.label_at(self.step)
-    }
-
-    fn label_at(&self, step: u64) -> Label {
+    /// What says that a further segment is one of this world, made in that step.
+    fn label(&self, step: u64) -> Label {
         let nonce = self.segment.at(self.layout.nonce(), size_of::<Nonce>());
         // SAFETY: it is in the segment, and was written before anybody was told of that.
         (unsafe { nonce.cast::<Nonce>().read() }, step)
     }
-}
-
-/// Which segment it is, in its last page.
-type Label = (Nonce, u64);
-
-/// How large a further segment is for so many bytes, if there can be one.
-fn further_bytes(bytes: usize) -> Option<usize> {
-    bytes.checked_next_multiple_of(PAGE)?.checked_add(PAGE).filter(|bytes| *bytes <= BYTES_MAX)
 }
 
 fn results_bytes(bytes: usize) -> usize {

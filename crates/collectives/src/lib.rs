@@ -51,6 +51,7 @@ mod reduce;
 
 mod buffer;
 mod call;
+mod further;
 mod host;
 mod inputs;
 mod meeting;

@@ -335,15 +335,18 @@ pub fn reknit_showing(args: &[&str], shown: &[(&'static str, String)]) -> Ran {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let began = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if began.elapsed() > PATIENCE {
-            child.kill().unwrap();
-            let mut said = String::new();
-            child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-            panic!("`reknit {}` does not end; it said: {said}", args.join(" "));
-        }
-        std::thread::sleep(Duration::from_millis(2));
+    // Read while it runs: what it says may be more than a pipe holds.
+    let pid = child.id();
+    let (tell, told) = std::sync::mpsc::channel();
+    let reads = std::thread::spawn(move || {
+        let output = child.wait_with_output().unwrap();
+        let _ = tell.send(());
+        output
+    });
+    if told.recv_timeout(PATIENCE).is_err() {
+        let killed = Command::new("kill").args(["-9", &pid.to_string()]).status();
+        let said = String::from_utf8_lossy(&reads.join().unwrap().stderr).into_owned();
+        panic!("`reknit {}` does not end ({killed:?}); it said: {said}", args.join(" "));
     }
-    child.wait_with_output().unwrap().into()
+    reads.join().unwrap().into()
 }
