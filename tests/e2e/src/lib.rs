@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -326,7 +326,7 @@ pub fn reknit(args: &[&str]) -> Ran {
 
 /// Runs `reknit` with this in its environment.
 pub fn reknit_showing(args: &[&str], shown: &[(&'static str, String)]) -> Ran {
-    let mut child = Command::new(programs().join("reknit"))
+    let child = Command::new(programs().join("reknit"))
         .args(args)
         .env_remove("REKNIT_COORDINATOR")
         .envs(shown.iter().map(|(name, value)| (name, value)))
