@@ -147,13 +147,14 @@ pub(crate) fn window(chunk_bytes: usize, size: WorldSize) -> usize {
     bytes.next_multiple_of(64).clamp(*WINDOWS.start() as usize, *WINDOWS.end() as usize)
 }
 
-/// What processes that see each other in `/proc` have in common: the kernel that was booted, and the space of process
-/// numbers.
+/// What ranks of one host have in common: the kernel that was booted; the space of process numbers, or they do not see each
+/// other in `/proc`; and the network, so that who is cut off from the others' network is not with them in memory either.
 fn host_id() -> io::Result<[u8; 16]> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    let space = std::fs::read_link("/proc/self/ns/pid")?;
     let mut hasher = blake3::Hasher::new();
-    hasher.update(boot.trim().as_bytes()).update(&[0]).update(space.as_os_str().as_encoded_bytes());
+    hasher.update(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().as_bytes());
+    for space in ["/proc/self/ns/pid", "/proc/self/ns/net"] {
+        hasher.update(&[0]).update(std::fs::read_link(space)?.as_os_str().as_encoded_bytes());
+    }
     Ok(*hasher.finalize().as_bytes().first_chunk().expect("a hash is longer"))
 }
 
