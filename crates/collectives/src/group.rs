@@ -377,11 +377,7 @@ impl Group {
         word: ControlWord,
         work: impl FnOnce(&mut Host, Call, &dyn Fn() -> Option<Stop>) -> Result<ControlWord, HostFault>,
     ) -> Result<ControlWord, Broken> {
-        if let Some(broken) = &self.broken {
-            return Err(broken.clone());
-        }
-        let call = Call { sequence: self.sequence, kind, count: count as u64 };
-        self.sequence += 1;
+        let call = self.next_call(kind, count as u64)?;
         let result = match &mut self.links {
             Some(links) => links.run_on_host(|host, stop| work(host, call, stop)),
             None => Ok(word),
@@ -398,11 +394,7 @@ impl Group {
         work: &mut [T],
         word: ControlWord,
     ) -> Result<ControlWord, Broken> {
-        if let Some(broken) = &self.broken {
-            return Err(broken.clone());
-        }
-        let call = Call { sequence: self.sequence, kind, count };
-        self.sequence += 1;
+        let call = self.next_call(kind, count)?;
         let result = match &mut self.links {
             None if self.abort.is_aborted() => Err((Vec::new(), BreakReason::Aborted)),
             None => {
@@ -415,6 +407,16 @@ impl Group {
             Some(links) => links.run(call, input, work, word),
         };
         self.ended(result)
+    }
+
+    /// The next collective, unless one has failed.
+    fn next_call(&mut self, kind: CallKind, count: u64) -> Result<Call, Broken> {
+        if let Some(broken) = &self.broken {
+            return Err(broken.clone());
+        }
+        let call = Call { sequence: self.sequence, kind, count };
+        self.sequence += 1;
+        Ok(call)
     }
 
     /// What a collective that ended so gives its caller.

@@ -235,8 +235,9 @@ impl Host {
             // another collective.
             let results = unsafe { elements::<T>(results, 0, len) };
             operands.output().copy_from_slice(results);
-        } else if let Some(last) = windows.len().checked_sub(1) {
-            self.collect(&mut operands.output()[windows.at(last)], self.step - 1);
+        } else {
+            let last = windows.at(windows.len() - 1);
+            self.collect(&mut operands.output()[last], self.step - 1);
         }
         Ok(word)
     }

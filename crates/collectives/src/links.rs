@@ -90,10 +90,7 @@ impl Links {
         work: &mut [T],
         word: ControlWord,
     ) -> Result<ControlWord, (Vec<Rank>, BreakReason)> {
-        self.watcher.begin().map_err(|lost| match lost {
-            Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
-            None => (Vec::new(), BreakReason::Aborted),
-        })?;
+        self.watcher.begin().map_err(stopped)?;
         let mut run = Run::new(call, self.seat, input, work, &mut self.staging, word);
         if !self.carries_word {
             run = run.without_word();
@@ -105,17 +102,7 @@ impl Links {
             }
             Err(fault) => {
                 let (suspects, reason) = self.explain(fault);
-                // After an abort it was this side that ended the connections.
-                let lost = match reason {
-                    BreakReason::NeighbourLost { rank, .. } if !self.abort.is_aborted() => Some(rank),
-                    BreakReason::NeighbourLost { .. }
-                    | BreakReason::Stalled { .. }
-                    | BreakReason::Aborted
-                    | BreakReason::Mismatch { .. }
-                    | BreakReason::Protocol { .. }
-                    | BreakReason::System { .. } => None,
-                };
-                self.watcher.finish(Outcome::Failed(lost));
+                self.watcher.finish(Outcome::Failed(lost_by(&reason, &self.abort)));
                 Err((suspects, reason))
             }
         }
@@ -126,10 +113,7 @@ impl Links {
         &mut self,
         work: impl FnOnce(&mut Host, &dyn Fn() -> Option<Stop>) -> Result<ControlWord, HostFault>,
     ) -> Result<ControlWord, (Vec<Rank>, BreakReason)> {
-        self.watcher.begin().map_err(|lost| match lost {
-            Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
-            None => (Vec::new(), BreakReason::Aborted),
-        })?;
+        self.watcher.begin().map_err(stopped)?;
         let host = self.host.as_mut().expect("asked before");
         let (watcher, abort) = (&self.watcher, &self.abort);
         let stop = || match (abort.is_aborted(), watcher.is_unsound()) {
@@ -150,10 +134,7 @@ impl Links {
         };
         let (suspects, reason) = match fault {
             HostFault::Stuck(Stuck::GivenUp(rank)) => lost_neighbour(rank, ErrorKind::ConnectionAborted),
-            HostFault::Stuck(Stuck::Stopped(_)) => match watcher.lost() {
-                Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
-                None => (Vec::new(), BreakReason::Aborted),
-            },
+            HostFault::Stuck(Stuck::Stopped(_)) => stopped(watcher.lost()),
             HostFault::Stuck(Stuck::Stalled { waited, late }) => (late, BreakReason::Stalled { waited }),
             HostFault::Mismatch { ours, theirs, rank } => {
                 (vec![rank], BreakReason::Mismatch { ours, theirs })
@@ -161,10 +142,7 @@ impl Links {
             HostFault::Protocol { what, rank } => (vec![rank], BreakReason::Protocol { what }),
             HostFault::System(kind) => (Vec::new(), BreakReason::System { kind }),
         };
-        let lost = match reason {
-            BreakReason::NeighbourLost { rank, .. } if !abort.is_aborted() => Some(rank),
-            _ => None,
-        };
+        let lost = lost_by(&reason, abort);
         // Who gives up for another reason is lost to the others itself.
         host.progress().give_up(lost.unwrap_or(host.rank()));
         self.watcher.finish(Outcome::Failed(lost));
@@ -206,6 +184,27 @@ impl Drop for Unwinding<'_> {
         }
         self.progress.give_up(self.rank);
         self.watcher.finish(Outcome::Failed(None));
+    }
+}
+
+/// Why a collective ends that is to stop, for a neighbour is lost; or if none is, because it was told to.
+fn stopped(lost: Option<Rank>) -> (Vec<Rank>, BreakReason) {
+    match lost {
+        Some(rank) => lost_neighbour(rank, ErrorKind::UnexpectedEof),
+        None => (Vec::new(), BreakReason::Aborted),
+    }
+}
+
+/// Who was lost, if that is why a collective ended. After an abort it was this side that ended the connections.
+fn lost_by(reason: &BreakReason, abort: &AbortHandle) -> Option<Rank> {
+    match *reason {
+        BreakReason::NeighbourLost { rank, .. } if !abort.is_aborted() => Some(rank),
+        BreakReason::NeighbourLost { .. }
+        | BreakReason::Stalled { .. }
+        | BreakReason::Aborted
+        | BreakReason::Mismatch { .. }
+        | BreakReason::Protocol { .. }
+        | BreakReason::System { .. } => None,
     }
 }
 
