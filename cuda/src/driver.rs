@@ -110,9 +110,8 @@ impl Driver {
 
     fn open(path: Option<&Path>) -> Result<Driver, Missing> {
         let loaded = DRIVER.load(path)?;
-        let functions = Functions::resolve(|symbol| loaded.address(symbol)).map_err(|symbol| {
-            Missing::Symbol { library: DRIVER.name, path: loaded.path.clone(), symbol, hint: DRIVER.hint }
-        })?;
+        let functions = Functions::resolve(|symbol| loaded.address(symbol))
+            .map_err(|symbol| DRIVER.lacks(&loaded, symbol))?;
         let mut driver = Shared { functions, version: 0, loaded };
         let unusable =
             |error: DriverError| Missing::Unusable { library: DRIVER.name, why: error.to_string() };

@@ -75,6 +75,11 @@ pub(crate) struct Loaded {
 }
 
 impl Wanted {
+    /// What is missing if a function is that must be there.
+    pub(crate) fn lacks(&self, loaded: &Loaded, symbol: &'static str) -> Missing {
+        Missing::Symbol { library: self.name, path: loaded.path.clone(), symbol, hint: self.hint }
+    }
+
     /// Loads it from the first place that has it. A place that was named is the only one.
     pub(crate) fn load(&self, named: Option<&Path>) -> Result<Loaded, Missing> {
         let mut tried = Vec::new();

@@ -146,9 +146,8 @@ impl Nccl {
 
     fn open(path: Option<&Path>) -> Result<Nccl, Missing> {
         let loaded = NCCL.load(path)?;
-        let functions = Functions::resolve(|symbol| loaded.address(symbol)).map_err(|symbol| {
-            Missing::Symbol { library: NCCL.name, path: loaded.path.clone(), symbol, hint: NCCL.hint }
-        })?;
+        let functions = Functions::resolve(|symbol| loaded.address(symbol))
+            .map_err(|symbol| NCCL.lacks(&loaded, symbol))?;
         let mut code = 0;
         // SAFETY: it writes one integer, and needs neither a device nor an earlier call.
         let answer = unsafe { (functions.get_version)(&mut code) };

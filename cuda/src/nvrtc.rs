@@ -94,9 +94,8 @@ impl Nvrtc {
 
     fn open(path: Option<&Path>) -> Result<Nvrtc, Missing> {
         let loaded = NVRTC.load(path)?;
-        let functions = Functions::resolve(|symbol| loaded.address(symbol)).map_err(|symbol| {
-            Missing::Symbol { library: NVRTC.name, path: loaded.path.clone(), symbol, hint: NVRTC.hint }
-        })?;
+        let functions = Functions::resolve(|symbol| loaded.address(symbol))
+            .map_err(|symbol| NVRTC.lacks(&loaded, symbol))?;
         Ok(Nvrtc { functions, loaded })
     }
 
