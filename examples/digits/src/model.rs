@@ -11,9 +11,9 @@ use reknit_trainer::NamedTensors;
 use crate::data::SIDE;
 
 const LAYERS: [(&str, &[u64]); 6] = [
-    ("conv1", &[16, 1, 3, 3]),
-    ("conv2", &[32, 16, 3, 3]),
-    ("dense1", &[64, 32 * (SIDE as u64 / 2) * (SIDE as u64 / 2)]),
+    ("conv1", &[8, 1, 3, 3]),
+    ("conv2", &[24, 8, 3, 3]),
+    ("dense1", &[64, 24 * (SIDE as u64 / 2) * (SIDE as u64 / 2)]),
     ("bias1", &[64]),
     ("dense2", &[10, 64]),
     ("bias2", &[10]),

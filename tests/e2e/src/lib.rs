@@ -326,6 +326,11 @@ pub fn reknit(args: &[&str]) -> Ran {
 
 /// Runs `reknit` with this in its environment.
 pub fn reknit_showing(args: &[&str], shown: &[(&'static str, String)]) -> Ran {
+    reknit_within(PATIENCE, args, shown)
+}
+
+/// Runs `reknit` with this in its environment, for at most so long.
+pub fn reknit_within(patience: Duration, args: &[&str], shown: &[(&'static str, String)]) -> Ran {
     let child = Command::new(programs().join("reknit"))
         .args(args)
         .env_remove("REKNIT_COORDINATOR")
@@ -343,10 +348,10 @@ pub fn reknit_showing(args: &[&str], shown: &[(&'static str, String)]) -> Ran {
         let _ = tell.send(());
         output
     });
-    if told.recv_timeout(PATIENCE).is_err() {
+    if told.recv_timeout(patience).is_err() {
         let killed = Command::new("kill").args(["-9", &pid.to_string()]).status();
         let said = String::from_utf8_lossy(&reads.join().unwrap().stderr).into_owned();
-        panic!("`reknit {}` does not end ({killed:?}); it said: {said}", args.join(" "));
+        panic!("`reknit {}` takes more than {patience:?} ({killed:?}); it said: {said}", args.join(" "));
     }
     reads.join().unwrap().into()
 }
