@@ -22,7 +22,7 @@ use crate::secret::{Nonce, Proof};
 /// Two magic numbers, so that a connection that TCP made with itself is not taken for an answer.
 const HELLO_MAGIC: [u8; 4] = *b"rkD1";
 const ANSWER_MAGIC: [u8; 4] = *b"rkA1";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// How many bytes each message takes.
 pub(crate) const HELLO_BYTES: usize = 40;

@@ -12,7 +12,8 @@
 //!                                       rank r-1 ══ bytes, one way ══► rank r ═══════╪══════════════► rank r+1
 //!                                                                                    └─ its watcher: has one ended?
 //! ```
-//! Read in this order: `schedule` (who sends what when: pure), `ring` (a collective as one byte stream), `group` (what
+//! Read in this order: `schedule` (who sends what when: pure), `ring` (a collective as one byte stream), `table` (a small
+//! one in half the steps), `group` (what
 //! callers use), `watcher` (how a loss is noticed), `handshake` and `acceptor` (who is let in); then `meeting` (who shares
 //! memory), `progress` (how ranks wait for each other in it), `host` (a collective in it) and `buffer`.
 //!
@@ -58,6 +59,7 @@ mod meeting;
 mod progress;
 mod ring;
 mod segment;
+mod table;
 mod transport;
 mod words;
 

@@ -8,7 +8,7 @@ use reknit_membership::ids::Rank;
 
 use crate::abort::{AbortHandle, Attached, Rouse};
 use crate::broken::BreakReason;
-use crate::call::Call;
+use crate::call::{Call, CallKind};
 use crate::element::Element;
 use crate::form::{GroupOptions, Place};
 use crate::host::{Host, HostFault, Layout};
@@ -16,6 +16,7 @@ use crate::neighbours::{Neighbours, TcpTransport};
 use crate::progress::{Progress, Stop, Stuck};
 use crate::ring::{Fault, HEAD_BYTES, Limits, Run, Seat, drive};
 use crate::segment::Segment;
+use crate::table::{self, Table};
 use crate::wake::Wake;
 use crate::watcher::{Outcome, Watcher};
 use crate::word::ControlWord;
@@ -34,6 +35,7 @@ pub(crate) struct Links {
     transport: TcpTransport,
     pub(crate) watcher: Watcher,
     staging: Vec<u8>,
+    table: Table,
     seat: Seat,
     pub(crate) limits: Limits,
     /// Whether the control word travels; always, but to measure what that costs.
@@ -69,8 +71,8 @@ impl Links {
         let seat = Seat { size: place.size, rank: place.rank, prev: neighbours.prev_rank };
         let limits = Limits { spin: options.spin, stall: options.stall, until: None };
         let transport = TcpTransport { neighbours, aborted };
-        let (carries_word, abort, host) = (true, abort.clone(), None);
-        Ok(Links { transport, watcher, staging, seat, limits, carries_word, abort, host, attached })
+        let (carries_word, abort, host, table) = (true, abort.clone(), None, Table::default());
+        Ok(Links { transport, watcher, staging, table, seat, limits, carries_word, abort, host, attached })
     }
 
     /// From now on collectives run in the memory that all ranks have mapped.
@@ -91,13 +93,26 @@ impl Links {
         word: ControlWord,
     ) -> Result<ControlWord, (Vec<Rank>, BreakReason)> {
         self.watcher.begin().map_err(stopped)?;
-        let mut run = Run::new(call, self.seat, input, work, &mut self.staging, word);
+        let gathers = match call.kind {
+            CallKind::AllReduce { op, .. } if table::fits(size_of_val(input), self.seat.size) => Some(op),
+            _ => None,
+        };
+        let mut run = match gathers {
+            Some(_) => {
+                let table = self.table.lay(self.seat, input);
+                Run::gathering(call, self.seat, table, &mut self.staging, word)
+            }
+            None => Run::new(call, self.seat, input, work, &mut self.staging, word),
+        };
         if !self.carries_word {
             run = run.without_word();
         }
         match drive(run, &mut self.transport, &self.abort, self.limits) {
             Ok(word) => {
                 self.watcher.finish(Outcome::Done);
+                if let Some(op) = gathers {
+                    self.table.combine(op, self.seat.size, work);
+                }
                 Ok(word)
             }
             Err(fault) => {

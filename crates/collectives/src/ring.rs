@@ -24,7 +24,7 @@ use crate::abort::AbortHandle;
 use crate::call::{Call, HEADER_BYTES, WORDLESS_AT};
 use crate::element::Element;
 use crate::reduce::ReduceOp;
-use crate::schedule::{Action, Schedule};
+use crate::schedule::{Action, Pattern, Schedule};
 use crate::transport::{Transport, Want};
 use crate::word::ControlWord;
 
@@ -166,9 +166,33 @@ impl<'a, T: Element> Run<'a, T> {
         staging: &'a mut [u8],
         word: ControlWord,
     ) -> Run<'a, T> {
+        Run::of(call.kind.pattern(), call, seat, input, work, staging, word)
+    }
+
+    /// An all-reduce that is about to start by gathering everybody's numbers in a [table](crate::table), where this rank's
+    /// are in their place.
+    pub(crate) fn gathering(
+        call: Call,
+        seat: Seat,
+        table: &'a mut [T],
+        staging: &'a mut [u8],
+        word: ControlWord,
+    ) -> Run<'a, T> {
+        Run::of(Pattern::AllGather, call, seat, &[], table, staging, word)
+    }
+
+    fn of(
+        pattern: Pattern,
+        call: Call,
+        seat: Seat,
+        input: &'a [T],
+        work: &'a mut [T],
+        staging: &'a mut [u8],
+        word: ControlWord,
+    ) -> Run<'a, T> {
         assert!(staging.len() >= HEADER_BYTES, "a header must fit the staging");
         let Seat { size, rank, prev } = seat;
-        let schedule = Schedule::new(call.kind.pattern(), work.len(), size, rank);
+        let schedule = Schedule::new(pattern, work.len(), size, rank);
         let mut run = Run {
             call,
             schedule,
