@@ -8,6 +8,9 @@ pub trait Gradient: Element {
     /// Multiplies each element by `weight`, in the wider type for the 16-bit ones. A weight of zero gives zero, also
     /// where an element is infinite or no number.
     fn scale(elements: &mut [Self], weight: f64);
+
+    /// Adds to each element the other at its place, in the wider type for the 16-bit ones.
+    fn add(elements: &mut [Self], others: &[Self]);
 }
 
 macro_rules! gradient {
@@ -21,6 +24,12 @@ macro_rules! gradient {
                     for element in elements {
                         *element = $from($into(*element) * weight);
                     }
+                }
+            }
+
+            fn add(elements: &mut [$type], others: &[$type]) {
+                for (element, other) in elements.iter_mut().zip(others) {
+                    *element = $from($into(*element) + $into(*other));
                 }
             }
         }
@@ -44,5 +53,7 @@ mod tests {
         let mut halves = [bf16::from_f32(3.0)];
         bf16::scale(&mut halves, 0.5);
         assert_eq!(halves, [bf16::from_f32(1.5)]);
+        bf16::add(&mut halves, &[bf16::from_f32(0.25)]);
+        assert_eq!(halves, [bf16::from_f32(1.75)]);
     }
 }

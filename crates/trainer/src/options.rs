@@ -41,6 +41,7 @@ pub struct Options {
     pub(crate) order: DataOrder,
     pub(crate) steps: Option<u64>,
     pub(crate) checkpoints: Option<Checkpoints>,
+    pub(crate) retry_in_place: bool,
 }
 
 /// Why [`Options`] make no sense.
@@ -76,7 +77,7 @@ impl Options {
         if order.dataset == 0 || order.global_batch == 0 {
             return Err(BadOptions::EmptyOrder);
         }
-        Ok(Options { member, order, steps: None, checkpoints: None })
+        Ok(Options { member, order, steps: None, checkpoints: None, retry_in_place: false })
     }
 
     /// What is shown to the coordinator, and what it is checked by. By default nothing is shown, whatever the environment
@@ -124,6 +125,26 @@ impl Options {
     /// The job is done after this many steps. Without it the program decides.
     pub fn steps(mut self, steps: u64) -> Options {
         self.steps = Some(steps);
+        self
+    }
+
+    /// Whether a step whose world breaks is not computed anew: what the survivors have computed for it counts, and only the
+    /// samples of those who are lost are shared out. By default it is computed anew. All workers of a job must say the same.
+    ///
+    /// It spares nearly a whole forward and backward pass per loss, for one small collective per world, and the gradients
+    /// are kept until the step is committed. What a program has to know:
+    /// - all that a step adds up over samples goes into one call of [`all_reduce_mean`] or [`all_reduce_means`], the loss as
+    ///   one number more, say: a second call in one step is an error;
+    /// - [`samples`] are what is to be computed now, for a step that was interrupted few or none; the mean is over the whole
+    ///   step nevertheless. [`covered_samples`] are those that this worker's part of the mean is for.
+    ///
+    /// [`all_reduce_mean`]: crate::Step::all_reduce_mean
+    /// [`all_reduce_means`]: crate::Step::all_reduce_means
+    /// [`samples`]: crate::Step::samples
+    /// [`covered_samples`]: crate::Step::covered_samples
+    #[must_use]
+    pub fn retry_in_place(mut self, retry: bool) -> Options {
+        self.retry_in_place = retry;
         self
     }
 

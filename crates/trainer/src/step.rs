@@ -1,14 +1,16 @@
 //! One step of training.
 
 use reknit_checkpoint::{Stall, State};
-use reknit_collectives::{BreakReason, Broken, ControlWord, Element, Group, ReduceOp};
+use reknit_collectives::{BreakReason, Broken, Buffer, ControlWord, Element, Group, ReduceOp};
 use reknit_membership::holding::Resume;
+use reknit_membership::world::Place;
 use reknit_membership::{Generation, Rank, Step as StepNumber, WorldSize};
 
 use crate::error::Interrupted;
 use crate::gradient::Gradient;
 use crate::held::Held;
-use crate::order::{DataOrder, share};
+use crate::order::DataOrder;
+use crate::retry::{Kept, Numbers, Stretch, with};
 use crate::trainer::Trainer;
 
 /// A step that this worker is to do: which samples, and with whom. It counts once it is committed; dropped without
@@ -20,8 +22,12 @@ pub struct Step<'t> {
     pub(crate) rank: Rank,
     pub(crate) size: WorldSize,
     pub(crate) state_replaced: bool,
+    /// What this rank is to compute, counted from the step's first position. None has no length.
+    own: Vec<Stretch>,
     word: ControlWord,
     collectives: u32,
+    /// Whether the gradients have been given.
+    is_reduced: bool,
     failed: bool,
 }
 
@@ -29,23 +35,34 @@ pub struct Step<'t> {
 #[derive(Debug, Clone)]
 pub struct Samples {
     order: DataOrder,
-    positions: std::ops::Range<u64>,
+    positions: std::iter::Flatten<std::vec::IntoIter<Stretch>>,
+    left: usize,
 }
 
 impl Iterator for Samples {
     type Item = u64;
 
     fn next(&mut self) -> Option<u64> {
-        self.positions.next().map(|position| self.order.sample(position))
+        let position = self.positions.next()?;
+        self.left -= 1;
+        Some(self.order.sample(position))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = (self.positions.end - self.positions.start) as usize;
-        (left, Some(left))
+        (self.left, Some(self.left))
     }
 }
 
 impl ExactSizeIterator for Samples {}
+
+/// Why a step is interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// The world is over, and the step comes in another one.
+    WorldOver,
+    /// A rank could not do its part, and the step comes again in the same world.
+    RankFailed,
+}
 
 /// What a committed step came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,14 +76,27 @@ pub struct Committed {
 impl<'t> Step<'t> {
     pub(crate) fn new(
         trainer: &'t mut Trainer,
-        generation: Generation,
-        rank: Rank,
-        size: WorldSize,
+        place: &Place,
+        mut own: Vec<Stretch>,
         state_replaced: bool,
     ) -> Step<'t> {
-        let index = trainer.steps_done();
-        let (word, collectives, failed) = (ControlWord::default(), 0, false);
-        Step { trainer, generation, index, rank, size, state_replaced, word, collectives, failed }
+        let (index, word, collectives) = (trainer.steps_done(), ControlWord::default(), 0);
+        let Place { generation, rank, size, .. } = *place;
+        own.retain(|stretch| !stretch.is_empty());
+        let (is_reduced, failed) = (false, false);
+        Step {
+            trainer,
+            generation,
+            index,
+            rank,
+            size,
+            state_replaced,
+            own,
+            word,
+            collectives,
+            is_reduced,
+            failed,
+        }
     }
 
     /// Which step it is, counted from zero: as many have been committed before it.
@@ -95,12 +125,31 @@ impl<'t> Step<'t> {
         self.state_replaced
     }
 
-    /// This rank's samples. Over all ranks a step has exactly the global batch, and over a pass each sample comes once.
+    /// The samples that this rank is to compute. Over all ranks a step has exactly the global batch, and over a pass each
+    /// sample comes once; of a step that was interrupted, ranks that [retry in place](crate::Options::retry_in_place) have
+    /// some already.
     pub fn samples(&self) -> Samples {
+        self.samples_of(self.own.clone())
+    }
+
+    /// The samples that this rank's part of the step's mean is for: those that it is to compute, and those that it has from
+    /// a world that broke.
+    pub fn covered_samples(&self) -> Samples {
+        self.samples_of(self.covered())
+    }
+
+    fn samples_of(&self, mut stretches: Vec<Stretch>) -> Samples {
         let order = self.trainer.order();
-        let step = order.positions(self.index);
-        let part = share(order.global_batch, self.size.0, self.rank.0);
-        Samples { order, positions: step.start + part.start..step.start + part.end }
+        let first = order.positions(self.index).start;
+        let left = stretches.iter().map(|stretch| (stretch.end - stretch.start) as usize).sum();
+        for stretch in &mut stretches {
+            *stretch = first + stretch.start..first + stretch.end;
+        }
+        Samples { order, positions: stretches.into_iter().flatten(), left }
+    }
+
+    fn covered(&self) -> Vec<Stretch> {
+        with(self.trainer.kept_stretches(), &self.own).expect("nobody is dealt what is kept")
     }
 
     /// A number that is the same on every rank for this step, and another one for every other step: a seed for what
@@ -126,34 +175,72 @@ impl<'t> Step<'t> {
         let samples = self.samples().len();
         let weight = samples as f64 / self.trainer.order().global_batch as f64;
         let (generation, len) = (self.generation, means.iter().map(|mean| mean.len()).sum());
-        let mut kept = self.trainer.take_buffer::<T>(generation, len);
-        let reduced = self.collective(|group, word| {
-            let buffer = match &mut kept {
-                Some(buffer) => buffer,
-                none => none.insert(group.buffer(len)?),
-            };
-            buffer.set_len(len);
-            // Weighted there: a weight cannot be taken back without rounding, and zero not at all.
-            let mut rest = &mut buffer[..];
+        let kept = self.trainer.take_kept();
+        let Ok(had) = kept.as_ref().map(|kept| kept.numbers::<T>(len).ok_or(())).transpose() else {
+            self.trainer.fail_for_good("a step that was interrupted came with other gradients".to_owned());
+            return Err(Interrupted);
+        };
+        if std::mem::replace(&mut self.is_reduced, true) && self.trainer.retries_in_place() {
+            let one = "with Options::retry_in_place all gradients of a step go into one call";
+            self.trainer.fail_for_good(one.to_owned());
+            return Err(Interrupted);
+        }
+        let fill = |numbers: &mut [T]| {
+            let mut rest = &mut *numbers;
             for mean in means.iter() {
                 let weighted = rest.split_off_mut(..mean.len()).expect("there is room for all");
                 weighted.copy_from_slice(mean);
                 T::scale(weighted, weight);
             }
+            had.iter().for_each(|had| T::add(numbers, had));
+        };
+        let mut buffer = self.trainer.take_buffer::<T>(generation, len);
+        let mut is_full = false;
+        let reduced = self.run(|group, word| {
+            let buffer = match &mut buffer {
+                Some(buffer) => buffer,
+                none => none.insert(group.buffer(len)?),
+            };
+            buffer.set_len(len);
+            // Weighted there: a weight cannot be taken back without rounding, and zero not at all.
+            fill(&mut *buffer);
+            is_full = true;
             group.all_reduce_buffer(buffer, ReduceOp::Sum, word)
         });
-        if let (Ok(()), Some(buffer)) = (&reduced, &kept) {
-            let mut rest = buffer.result();
-            for mean in means {
-                let (result, others) = rest.split_at(mean.len());
-                mean.copy_from_slice(result);
-                rest = others;
+        match (reduced, buffer) {
+            (Ok(()), buffer) => {
+                let mut rest = buffer.as_ref().map_or(&[][..], Buffer::result);
+                for mean in means {
+                    let (result, others) = rest.split_at(mean.len());
+                    mean.copy_from_slice(result);
+                    rest = others;
+                }
+                self.trainer.keep(kept);
+                self.trainer.keep_buffer(generation, buffer);
+                Ok(())
+            }
+            (Err(Ended::WorldOver), buffer) if self.trainer.retries_in_place() && !self.failed => {
+                // What it had is in what it has now.
+                let numbers = match buffer.filter(|_| is_full) {
+                    Some(buffer) => Numbers::InBuffer(buffer),
+                    None => {
+                        let mut numbers =
+                            means.iter().flat_map(|mean| mean.iter().copied()).collect::<Vec<T>>();
+                        fill(&mut numbers);
+                        Numbers::Copied(numbers)
+                    }
+                };
+                let had = kept.as_ref().map_or(&[][..], |kept| &kept.stretches);
+                let stretches = with(had, &self.own).expect("nobody is dealt what is kept");
+                self.trainer.keep(Some(Kept::new(self.index, stretches, numbers)));
+                Err(Interrupted)
+            }
+            (Err(Ended::WorldOver | Ended::RankFailed), buffer) => {
+                self.trainer.keep(kept);
+                self.trainer.keep_buffer(generation, buffer);
+                Err(Interrupted)
             }
         }
-        if let Some(buffer) = kept {
-            self.trainer.keep_buffer(generation, buffer);
-        }
-        reduced
     }
 
     /// This worker cannot do its part of the step: its samples cannot be read, say, or its numbers are none. The step's
@@ -181,14 +268,21 @@ impl<'t> Step<'t> {
         &mut self,
         run: impl FnOnce(&mut Group, ControlWord) -> Result<ControlWord, Broken>,
     ) -> Result<(), Interrupted> {
+        self.run(run).map_err(|_| Interrupted)
+    }
+
+    fn run(
+        &mut self,
+        run: impl FnOnce(&mut Group, ControlWord) -> Result<ControlWord, Broken>,
+    ) -> Result<(), Ended> {
         let mut wishes = self.trainer.wishes();
         if self.failed {
             wishes |= ControlWord::FAILED;
         }
-        let Some(group) = self.trainer.group(self.generation) else { return Err(Interrupted) };
+        let Some(group) = self.trainer.group(self.generation) else { return Err(Ended::WorldOver) };
         match run(group, wishes) {
             // All ranks see it at the same collective, so all begin the step again.
-            Ok(word) if word.contains(ControlWord::FAILED) => Err(Interrupted),
+            Ok(word) if word.contains(ControlWord::FAILED) => Err(Ended::RankFailed),
             Ok(word) => {
                 self.word |= word;
                 self.collectives += 1;
@@ -199,7 +293,7 @@ impl<'t> Step<'t> {
                     self.trainer.fail_for_good(broken.reason.to_string());
                 }
                 self.trainer.ring_broke(&broken);
-                Err(Interrupted)
+                Err(Ended::WorldOver)
             }
         }
     }
@@ -217,6 +311,7 @@ impl<'t> Step<'t> {
         let steps = self.index + 1;
         let resume = Resume { lineage: self.trainer.lineage(), step: StepNumber(steps) };
         self.trainer.set_held(Held::At(resume));
+        self.trainer.keep(None);
         self.trainer.hub().bring(|session| session.committed(self.generation, resume.step));
         let asked_for = self.word.contains(ControlWord::SAVE_REQUESTED);
         let checkpoint = if self.word.contains(ControlWord::SAVE_BUSY) {

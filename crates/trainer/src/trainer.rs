@@ -1,5 +1,6 @@
 //! The program's side of the library: joining, and the next step.
 
+mod dealing;
 mod saving;
 
 use std::any::Any;
@@ -22,6 +23,7 @@ use crate::link;
 use crate::options::Options;
 use crate::order::DataOrder;
 use crate::restore::{Fetching, RestoreError, fetch, serve};
+use crate::retry::Kept;
 use crate::saves::Saves;
 use crate::session::{Directive, End, Session};
 use crate::step::Step;
@@ -57,6 +59,10 @@ pub struct Trainer {
     last_saved_in: Option<Generation>,
     /// Where gradients are weighted and added, kept from step to step of one world.
     buffer: Box<dyn Any + Send>,
+    /// What it has of a step that was interrupted.
+    kept: Option<Kept>,
+    /// What was dealt out in which world, for which step.
+    dealt: Option<dealing::Dealt>,
     failure: Option<String>,
     end: Option<End>,
 }
@@ -122,6 +128,8 @@ impl Trainer {
             finishing: None,
             last_saved_in: None,
             buffer: Box::new(()),
+            kept: None,
+            dealt: None,
             failure: None,
             end: None,
         };
@@ -187,8 +195,9 @@ impl Trainer {
                         self.finish(&place, state)?;
                         continue;
                     }
+                    let Ok(own) = self.own_stretches(&place) else { continue };
                     let replaced = std::mem::take(&mut self.state_replaced);
-                    return Ok(Some(Step::new(self, place.generation, place.rank, place.size, replaced)));
+                    return Ok(Some(Step::new(self, &place, own, replaced)));
                 }
             }
         }
@@ -320,6 +329,8 @@ impl Trainer {
         // Until all of it is there, it is neither the old state nor the new one.
         self.held = Held::Torn;
         self.state_replaced = true;
+        // Gradients of another state.
+        self.kept = None;
         let member = self.hub.look(Session::member);
         let who = Fetching {
             member,
@@ -412,8 +423,10 @@ impl Trainer {
         (of == generation && buffer.room() >= room).then_some(buffer)
     }
 
-    pub(crate) fn keep_buffer<T: Element>(&mut self, generation: Generation, buffer: Buffer<T>) {
-        self.buffer = Box::new((generation, buffer));
+    pub(crate) fn keep_buffer<T: Element>(&mut self, generation: Generation, buffer: Option<Buffer<T>>) {
+        if let Some(buffer) = buffer {
+            self.buffer = Box::new((generation, buffer));
+        }
     }
 
     pub(crate) fn ring_broke(&mut self, broken: &Broken) {
@@ -448,6 +461,10 @@ fn recipe(options: &Options) -> Digest {
     let every = options.checkpoints.as_ref().map_or(0, |wish| wish.every);
     for number in [dataset, global_batch, seed, options.steps.unwrap_or(u64::MAX), every] {
         digester.update(&number.to_le_bytes());
+    }
+    if options.retry_in_place {
+        // Who does not take part in the dealing would let the others wait.
+        digester.update(b"retry in place");
     }
     digester.finish()
 }
