@@ -210,7 +210,8 @@ impl<'a> Run<'a> {
 
     /// The sizes at which our ring over TCP is compared with its streams alone.
     fn stream_sizes(&self) -> Vec<u64> {
-        let over_tcp = self.contenders.iter().any(|c| c.line == Line::Reknit(Transport::Tcp));
+        let is_over_tcp = |line: Line| matches!(line, Line::Reknit(ours) if ours.is_tcp());
+        let over_tcp = self.contenders.iter().any(|c| is_over_tcp(c.line));
         let sizes =
             self.sums.iter().map(|sum| sum.bytes()).filter(|bytes| over_tcp && *bytes >= STREAM_BYTES);
         BTreeSet::from_iter(sizes).into_iter().collect()
@@ -227,7 +228,7 @@ impl<'a> Run<'a> {
         let elements = (WORD_BYTES / NumberType::F32.bytes()) as usize;
         let word = match transport {
             Transport::Tcp => Some(ring.compare(elements, self.word_pairs)?),
-            Transport::Shm | Transport::ShmBuffer => None,
+            Transport::TcpBuffer | Transport::Shm | Transport::ShmBuffer => None,
         };
         Ok((times, word))
     }

@@ -10,8 +10,10 @@ use super::numbers::Number;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Transport {
-    /// Between all ranks, also on one host
+    /// Between all ranks, also on one host, summing in place
     Tcp,
+    /// The same, summing in buffers of the group, whose result lies beside what it is made of
+    TcpBuffer,
     /// Shared memory, summing in any memory
     Shm,
     /// Shared memory, summing in buffers that the group allocated there
@@ -22,17 +24,22 @@ impl Transport {
     pub(super) fn name(self) -> &'static str {
         match self {
             Transport::Tcp => "tcp",
+            Transport::TcpBuffer => "tcp-buffer",
             Transport::Shm => "shm",
             Transport::ShmBuffer => "shm-buffer",
         }
     }
 
+    pub(super) fn is_tcp(self) -> bool {
+        match self {
+            Transport::Tcp | Transport::TcpBuffer => true,
+            Transport::Shm | Transport::ShmBuffer => false,
+        }
+    }
+
     /// How a group that goes this way is formed.
     pub(super) fn options(self) -> GroupOptions {
-        let shared_memory = match self {
-            Transport::Tcp => SharedMemory::Unasked,
-            Transport::Shm | Transport::ShmBuffer => SharedMemory::Offered,
-        };
+        let shared_memory = if self.is_tcp() { SharedMemory::Unasked } else { SharedMemory::Offered };
         GroupOptions { shared_memory, ..GroupOptions::default() }
     }
 }
@@ -47,11 +54,11 @@ impl<T: Number> Operand<T> {
     /// So many zeros.
     pub(super) fn new(group: &mut Group, transport: Transport, len: usize) -> Result<Operand<T>> {
         // A fall back to TCP would be timed as what it is not.
-        let wanted = transport != Transport::Tcp && group.size().0 > 1;
+        let wanted = !transport.is_tcp() && group.size().0 > 1;
         ensure!(group.shares_memory() == wanted, "the ranks do not share memory: is /proc mounted?");
         match transport {
             Transport::Tcp | Transport::Shm => Ok(Operand::InPlace(vec![T::small(0); len])),
-            Transport::ShmBuffer => Ok(Operand::Buffer(group.buffer(len)?)),
+            Transport::TcpBuffer | Transport::ShmBuffer => Ok(Operand::Buffer(group.buffer(len)?)),
         }
     }
 

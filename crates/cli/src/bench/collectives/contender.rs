@@ -27,6 +27,7 @@ impl Line {
     pub(super) fn label(self) -> &'static str {
         match self {
             Line::Reknit(Transport::Tcp) => "reknit tcp",
+            Line::Reknit(Transport::TcpBuffer) => "reknit tcp-buffer",
             Line::Reknit(Transport::Shm) => "reknit shm",
             Line::Reknit(Transport::ShmBuffer) => "reknit shm-buffer",
             Line::Gloo => "Gloo",
@@ -41,8 +42,8 @@ impl Line {
         match self {
             Line::Reknit(_) => false,
             Line::Gloo => true,
-            Line::Mpi(Wire::Tcp) => ours == Transport::Tcp,
-            Line::Mpi(Wire::Shm) => ours != Transport::Tcp,
+            Line::Mpi(Wire::Tcp) => ours.is_tcp(),
+            Line::Mpi(Wire::Shm) => !ours.is_tcp(),
         }
     }
 }

@@ -30,6 +30,7 @@ const BANDWIDTH_BYTES: u64 = 64 << 10;
 fn stroke(line: Line) -> (&'static str, &'static str) {
     match line {
         Line::Reknit(Transport::Tcp) => ("#0072b2", ""),
+        Line::Reknit(Transport::TcpBuffer) => ("#56b4e9", ""),
         Line::Reknit(Transport::Shm) => ("#009e73", ""),
         Line::Reknit(Transport::ShmBuffer) => ("#000000", ""),
         Line::Gloo => ("#d55e00", "7 4"),

@@ -48,9 +48,9 @@ pub(super) fn speed_up(
 fn by_size(ours: Transport, theirs: Line, world: u32) -> Option<BySize> {
     let all = |targets: [f64; 5]| Some(targets.map(Some));
     match (ours, theirs, world) {
-        (Transport::Tcp, Line::Gloo, 2) => all([15.0, 15.0, 5.0, 1.8, 1.5]),
-        (Transport::Tcp, Line::Gloo, 4) => all([8.0, 10.0, 4.5, 1.3, 1.2]),
-        (Transport::Tcp, Line::Mpi(Wire::Tcp), 2) => all([1.3, 3.5, 1.2, 1.7, 2.0]),
+        (Transport::Tcp | Transport::TcpBuffer, Line::Gloo, 2) => all([15.0, 15.0, 5.0, 1.8, 1.5]),
+        (Transport::Tcp | Transport::TcpBuffer, Line::Gloo, 4) => all([8.0, 10.0, 4.5, 1.3, 1.2]),
+        (Transport::Tcp | Transport::TcpBuffer, Line::Mpi(Wire::Tcp), 2) => all([1.3, 3.5, 1.2, 1.7, 2.0]),
         (Transport::Shm, Line::Mpi(Wire::Shm), 2) => all([1.0, 4.0, 1.2, 2.0, 4.0]),
         (Transport::Shm, Line::Mpi(Wire::Shm), 4) => all([0.8, 4.0, 2.0, 3.5, 4.0]),
         (Transport::ShmBuffer, Line::Mpi(Wire::Shm), 2) => all([1.0, 15.0, 6.0, 6.0, 6.0]),
@@ -58,7 +58,7 @@ fn by_size(ours: Transport, theirs: Line, world: u32) -> Option<BySize> {
             Some([None, Some(15.0), Some(6.0), Some(7.0), Some(6.0)])
         }
         (
-            Transport::Tcp | Transport::Shm | Transport::ShmBuffer,
+            Transport::Tcp | Transport::TcpBuffer | Transport::Shm | Transport::ShmBuffer,
             Line::Reknit(_) | Line::Gloo | Line::Mpi(_),
             _,
         ) => None,

@@ -7,7 +7,6 @@ use serde::Serialize;
 use super::super::numbers::NumberType;
 use super::super::peers::{Algorithm, Sum};
 use super::super::stats::Spread;
-use super::super::transport::Transport;
 use super::bus_bytes;
 use super::contender::{Contender, Line};
 
@@ -104,7 +103,7 @@ impl Samples {
             let (algorithm, spread_us) = spreads.min_by(|(_, a), (_, b)| a.p50.total_cmp(&b.p50))?;
             let timed = Timed::of(line, world, sum, spread_us);
             let streams_us = match line {
-                Line::Reknit(Transport::Tcp) => ring_us(world, sum.bytes()),
+                Line::Reknit(ours) if ours.is_tcp() => ring_us(world, sum.bytes()),
                 Line::Reknit(_) | Line::Gloo | Line::Mpi(_) => None,
             };
             let of_streams = streams_us.map(|streams_us| streams_us / timed.median_us);
@@ -123,6 +122,7 @@ pub(super) fn ratio(ours: &Timed, theirs: &Timed) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::super::super::peers::Wire;
+    use super::super::super::transport::Transport;
     use super::*;
 
     #[test]
