@@ -92,12 +92,13 @@
 //! | T-9 | With [`Options::retry_in_place`], what a survivor has computed for a step that is interrupted counts, once; only what nobody has any more is computed again. |
 //!
 //! # Reading order
-//! [`options`] what a program says · [`credentials`] what it shows, and checks the coordinator by · [`trainer`] joining, and the next step · [`step`] one step · [`order`] which samples · `retry` what is left of a step that was interrupted
+//! [`options`] what a program says · [`credentials`] what it shows, and checks the coordinator by · [`trainer`] joining, and the next step · [`step`] one step · [`buckets`] gradients that are added up meanwhile · [`order`] which samples · `retry` what is left of a step that was interrupted
 //! · [`session`] the protocol, pure · `hub` where the threads meet · `link` the stream · `ring` building a world's ring ·
 //! `restore` moving state · `saves` checkpoints · [`launcher`] a member without a state, that starts other programs.
 
 #![forbid(unsafe_code)]
 
+pub mod buckets;
 pub mod credentials;
 pub mod error;
 pub mod gradient;
@@ -115,6 +116,7 @@ pub mod session;
 pub mod step;
 pub mod trainer;
 
+pub use buckets::{Buckets, Means};
 pub use credentials::{Credentials, CredentialsError};
 pub use error::{Interrupted, TrainError};
 pub use launcher::{Launcher, LauncherOptions};

@@ -13,7 +13,7 @@
 //! world before, and who comes back with numbers that another has computed meanwhile drops its own.
 
 use std::any::Any;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use reknit_collectives::{Buffer, Element};
 
@@ -47,19 +47,35 @@ pub(crate) enum Numbers<T: Element> {
     Copied(Vec<T>),
 }
 
+impl<T: Element> Deref for Numbers<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Numbers::InBuffer(buffer) => buffer,
+            Numbers::Copied(numbers) => numbers,
+        }
+    }
+}
+
+impl<T: Element> DerefMut for Numbers<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        match self {
+            Numbers::InBuffer(buffer) => buffer,
+            Numbers::Copied(numbers) => numbers,
+        }
+    }
+}
+
 impl Kept {
     /// These numbers, for these positions of that step.
     pub(crate) fn new<T: Element>(step: u64, stretches: Vec<Stretch>, numbers: Numbers<T>) -> Kept {
         Kept { step, stretches, numbers: Box::new(numbers) }
     }
 
-    /// The numbers, if they are of that type and so many.
-    pub(crate) fn numbers<T: Element>(&self, len: usize) -> Option<&[T]> {
-        let numbers = match self.numbers.downcast_ref::<Numbers<T>>()? {
-            Numbers::InBuffer(buffer) => &buffer[..],
-            Numbers::Copied(numbers) => numbers,
-        };
-        (numbers.len() == len).then_some(numbers)
+    /// The numbers, if they are of that type.
+    pub(crate) fn numbers<T: Element>(&self) -> Option<&[T]> {
+        self.numbers.downcast_ref::<Numbers<T>>().map(|numbers| &numbers[..])
     }
 }
 
@@ -151,6 +167,11 @@ fn cut(stretches: &[Stretch], part: Range<u64>) -> Vec<Stretch> {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::single_range_in_vec_init,
+    clippy::reversed_empty_ranges,
+    reason = "that is what they are about"
+)]
 mod tests {
     use super::*;
 

@@ -57,7 +57,7 @@ impl ExactSizeIterator for Samples {}
 
 /// Why a step is interrupted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ended {
+pub(crate) enum Ended {
     /// The world is over, and the step comes in another one.
     WorldOver,
     /// A rank could not do its part, and the step comes again in the same world.
@@ -172,19 +172,14 @@ impl<'t> Step<'t> {
     /// # Errors
     /// [`Interrupted`] if the world broke or a rank has [failed](Step::fail): all `means` are then what they were.
     pub fn all_reduce_means<T: Gradient>(&mut self, means: &mut [&mut [T]]) -> Result<(), Interrupted> {
-        let samples = self.samples().len();
-        let weight = samples as f64 / self.trainer.order().global_batch as f64;
+        let weight = self.begin_gradients()?;
         let (generation, len) = (self.generation, means.iter().map(|mean| mean.len()).sum());
         let kept = self.trainer.take_kept();
-        let Ok(had) = kept.as_ref().map(|kept| kept.numbers::<T>(len).ok_or(())).transpose() else {
-            self.trainer.fail_for_good("a step that was interrupted came with other gradients".to_owned());
-            return Err(Interrupted);
+        let had = kept.as_ref().map(|kept| kept.numbers::<T>().filter(|numbers| numbers.len() == len));
+        let had = match had {
+            Some(None) => return Err(self.has_other_gradients()),
+            had => had.flatten(),
         };
-        if std::mem::replace(&mut self.is_reduced, true) && self.trainer.retries_in_place() {
-            let one = "with Options::retry_in_place all gradients of a step go into one call";
-            self.trainer.fail_for_good(one.to_owned());
-            return Err(Interrupted);
-        }
         let fill = |numbers: &mut [T]| {
             let mut rest = &mut *numbers;
             for mean in means.iter() {
@@ -230,9 +225,7 @@ impl<'t> Step<'t> {
                         Numbers::Copied(numbers)
                     }
                 };
-                let had = kept.as_ref().map_or(&[][..], |kept| &kept.stretches);
-                let stretches = with(had, &self.own).expect("nobody is dealt what is kept");
-                self.trainer.keep(Some(Kept::new(self.index, stretches, numbers)));
+                self.keep_for_retry(kept.as_ref(), numbers);
                 Err(Interrupted)
             }
             (Err(Ended::WorldOver | Ended::RankFailed), buffer) => {
@@ -241,6 +234,30 @@ impl<'t> Step<'t> {
                 Err(Interrupted)
             }
         }
+    }
+
+    /// The weight of this rank's gradients in the step's.
+    pub(crate) fn begin_gradients(&mut self) -> Result<f64, Interrupted> {
+        if std::mem::replace(&mut self.is_reduced, true) && self.trainer.retries_in_place() {
+            let one = "with Options::retry_in_place all gradients of a step go into one call";
+            self.trainer.fail_for_good(one.to_owned());
+            return Err(Interrupted);
+        }
+        Ok(self.samples().len() as f64 / self.trainer.order().global_batch as f64)
+    }
+
+    /// The others count on what this worker said it has, and it cannot be added to what it computes now.
+    pub(crate) fn has_other_gradients(&mut self) -> Interrupted {
+        let other = "a step that was interrupted came again with gradients of another type or number";
+        self.trainer.fail_for_good(other.to_owned());
+        Interrupted
+    }
+
+    /// Keeps what this rank has given for the next world, with what it `had` from an older one in it.
+    pub(crate) fn keep_for_retry<T: Gradient>(&mut self, had: Option<&Kept>, numbers: Numbers<T>) {
+        let had = had.map_or(&[][..], |kept| &kept.stretches);
+        let stretches = with(had, &self.own).expect("nobody is dealt what is kept");
+        self.trainer.keep(Some(Kept::new(self.index, stretches, numbers)));
     }
 
     /// This worker cannot do its part of the step: its samples cannot be read, say, or its numbers are none. The step's
@@ -275,12 +292,21 @@ impl<'t> Step<'t> {
         &mut self,
         run: impl FnOnce(&mut Group, ControlWord) -> Result<ControlWord, Broken>,
     ) -> Result<(), Ended> {
-        let mut wishes = self.trainer.wishes();
-        if self.failed {
-            wishes |= ControlWord::FAILED;
-        }
+        let word = self.word();
         let Some(group) = self.trainer.group(self.generation) else { return Err(Ended::WorldOver) };
-        match run(group, wishes) {
+        let result = run(group, word);
+        self.ended(result)
+    }
+
+    /// What this rank wants the others to know at the next collective.
+    pub(crate) fn word(&self) -> ControlWord {
+        let failed = if self.failed { ControlWord::FAILED } else { ControlWord::default() };
+        self.trainer.wishes() | failed
+    }
+
+    /// What a collective that ended so means for the step.
+    pub(crate) fn ended(&mut self, result: Result<ControlWord, Broken>) -> Result<(), Ended> {
+        match result {
             // All ranks see it at the same collective, so all begin the step again.
             Ok(word) if word.contains(ControlWord::FAILED) => Err(Ended::RankFailed),
             Ok(word) => {

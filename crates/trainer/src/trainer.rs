@@ -4,6 +4,7 @@ mod dealing;
 mod saving;
 
 use std::any::Any;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
@@ -59,6 +60,8 @@ pub struct Trainer {
     last_saved_in: Option<Generation>,
     /// Where gradients are weighted and added, kept from step to step of one world.
     buffer: Box<dyn Any + Send>,
+    /// The same, for gradients that are added up bucket by bucket.
+    buckets: Box<dyn Any + Send>,
     /// What it has of a step that was interrupted.
     kept: Option<Kept>,
     /// What was dealt out in which world, for which step.
@@ -128,6 +131,7 @@ impl Trainer {
             finishing: None,
             last_saved_in: None,
             buffer: Box::new(()),
+            buckets: Box::new(()),
             kept: None,
             dealt: None,
             failure: None,
@@ -427,6 +431,28 @@ impl Trainer {
         if let Some(buffer) = buffer {
             self.buffer = Box::new((generation, buffer));
         }
+    }
+
+    /// The buckets that were kept, if they are of this generation's group, and of so many such numbers.
+    pub(crate) fn take_buckets<T: Element>(
+        &mut self,
+        generation: Generation,
+        len: usize,
+    ) -> VecDeque<Buffer<T>> {
+        let kept = std::mem::replace(&mut self.buckets, Box::new(()));
+        match kept.downcast::<((Generation, usize), VecDeque<Buffer<T>>)>().map(|kept| *kept) {
+            Ok((of, buckets)) if of == (generation, len) => buckets,
+            Ok(_) | Err(_) => VecDeque::new(),
+        }
+    }
+
+    pub(crate) fn keep_buckets<T: Element>(
+        &mut self,
+        generation: Generation,
+        len: usize,
+        buckets: VecDeque<Buffer<T>>,
+    ) {
+        self.buckets = Box::new(((generation, len), buckets));
     }
 
     pub(crate) fn ring_broke(&mut self, broken: &Broken) {

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Barrier;
 
 use common::{Coordinator, ORDER};
-use reknit_trainer::{NamedTensors, Options, Trainer};
+use reknit_trainer::{Buckets, NamedTensors, Options, Trainer};
 
 /// One worker's try at a step.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ fn state() -> NamedTensors {
 
 /// Trains until the world of three has broken as often as there are gates, each time in the middle of a step that all have
 /// begun, for the world's last rank falls there; and then one step more.
-fn train(options: Options, gates: &[Barrier]) -> Vec<Try> {
+fn train(options: Options, gates: &[Barrier], in_buckets: bool) -> Vec<Try> {
     let mut state = state();
     let mut trainer = Trainer::join(options, &state).unwrap();
     let (mut tries, mut interrupted) = (Vec::new(), 0);
@@ -64,7 +64,18 @@ fn train(options: Options, gates: &[Barrier]) -> Vec<Try> {
             }
         }
         let [mut first, mut second] = mean(&last.computed).map(|mean| [mean]);
-        if step.all_reduce_means(&mut [&mut first, &mut second]).is_err() {
+        let reduced = if in_buckets {
+            let give =
+                |buckets: &mut Buckets<'_, f64>| [first, second].iter().for_each(|mean| buckets.give(mean));
+            // A bucket for each.
+            step.all_reduce_while(8, give).map(|((), mut means)| {
+                means.take(&mut first);
+                means.take(&mut second);
+            })
+        } else {
+            step.all_reduce_means(&mut [&mut first, &mut second])
+        };
+        if reduced.is_err() {
             interrupted += 1;
             continue;
         }
@@ -80,12 +91,21 @@ fn train(options: Options, gates: &[Barrier]) -> Vec<Try> {
 
 #[test]
 fn t9_survivors_compute_only_what_nobody_has_any_more_and_the_mean_is_exact() {
+    check(false);
+}
+
+#[test]
+fn t9_so_it_is_where_gradients_are_given_bucket_by_bucket() {
+    check(true);
+}
+
+fn check(in_buckets: bool) {
     let coordinator = Coordinator::start();
     let gates = [Barrier::new(3), Barrier::new(2)];
     let tries: Vec<Vec<Try>> = std::thread::scope(|scope| {
         let work = |name| {
             let (options, gates) = (options(&coordinator, name), &gates);
-            scope.spawn(move || train(options, gates))
+            scope.spawn(move || train(options, gates, in_buckets))
         };
         let threads = ["a", "b", "c"].map(work);
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()

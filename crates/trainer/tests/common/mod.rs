@@ -257,6 +257,11 @@ impl Job {
         self.used().keys().map(|(_, generation)| *generation).max().unwrap_or(0)
     }
 
+    /// The newest generation in which an earlier step was committed.
+    pub(crate) fn generation_before(&self, step: u64) -> u64 {
+        self.used().range(..(step, 0)).map(|((_, generation), _)| *generation).max().unwrap_or(0)
+    }
+
     /// Waits until the world has changed since `before` and has done some steps.
     pub(crate) fn new_world(&self, before: u64) {
         eventually("another world", || (self.generation() > before).then_some(()));

@@ -1,0 +1,265 @@
+//! Gradients that are added up while others are still being computed.
+//!
+//! A backward pass makes the last layer's gradients first. They are put into buckets, one after the other, and a full one is
+//! added up over all ranks on a thread of its own while the pass goes on:
+//! ```text
+//! the program   layer 9 ─► layer 8 ─► layer 7 ─► …              ─► (waits for the last one) ─► applies the means
+//!                  └─ bucket 0 full ─┐  └─ bucket 1 full ─┐
+//! the thread                         └─ all-reduce 0 ─────┴─ all-reduce 1 ─ …
+//! ```
+//! S. Li and others, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", VLDB 2020, section 3.2, has
+//! this design, and how much it gains.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use reknit_collectives::{Broken, Buffer, ControlWord, Group, ReduceOp};
+
+use crate::error::Interrupted;
+use crate::gradient::Gradient;
+use crate::retry::Numbers;
+use crate::step::{Ended, Step};
+
+/// Takes gradients as they become ready.
+pub struct Buckets<'a, T: Gradient> {
+    full: Sender<(Numbers<T>, ControlWord)>,
+    /// Buckets of the steps before, to be filled again.
+    empty: VecDeque<Buffer<T>>,
+    /// The one that is being filled, and how far. It goes off when there is more, or when there is nothing more: so what this
+    /// rank says with the last one, it says after everything.
+    filling: Numbers<T>,
+    filled: usize,
+    /// How many elements a bucket has.
+    len: usize,
+    weight: f64,
+    /// What this rank has of the step from a world that broke.
+    had: Option<&'a [T]>,
+    given: usize,
+    word: ControlWord,
+    reduced: &'a AtomicUsize,
+}
+
+impl<T: Gradient> Buckets<'_, T> {
+    /// The mean gradient, over this rank's samples, of what comes next. All ranks give as many elements, in the same order;
+    /// in how many pieces makes no difference.
+    pub fn give(&mut self, mean: &[T]) {
+        let mut rest = mean;
+        while !rest.is_empty() {
+            if self.filled == self.len {
+                self.hand_over();
+                self.filling = self.next();
+            }
+            let (now, later) = rest.split_at(rest.len().min(self.len - self.filled));
+            let place = match &mut self.filling {
+                Numbers::InBuffer(buffer) => {
+                    let place = &mut buffer[self.filled..][..now.len()];
+                    place.copy_from_slice(now);
+                    place
+                }
+                Numbers::Copied(numbers) => {
+                    numbers.extend_from_slice(now);
+                    &mut numbers[self.filled..]
+                }
+            };
+            T::scale(place, self.weight);
+            // Whether they are as many, is seen at the end.
+            if let Some(had) = self.had.and_then(|had| had.get(self.given..self.given + now.len())) {
+                T::add(place, had);
+            }
+            (self.filled, self.given, rest) = (self.filled + now.len(), self.given + now.len(), later);
+        }
+    }
+
+    /// This worker cannot do its part of the step: see [`Step::fail`]. It gives as many elements as the others nevertheless,
+    /// whatever they are.
+    pub fn fail(&mut self) {
+        self.word |= ControlWord::FAILED;
+    }
+
+    /// How many buckets are added up already.
+    pub fn reduced(&self) -> usize {
+        self.reduced.load(Ordering::Relaxed)
+    }
+
+    fn next(&mut self) -> Numbers<T> {
+        match self.empty.pop_front() {
+            Some(mut buffer) => {
+                buffer.set_len(self.len);
+                Numbers::InBuffer(buffer)
+            }
+            None => Numbers::Copied(Vec::with_capacity(self.len)),
+        }
+    }
+
+    /// Sends the bucket off, as full as it is.
+    fn hand_over(&mut self) {
+        let mut full = std::mem::replace(&mut self.filling, Numbers::Copied(Vec::new()));
+        if let Numbers::InBuffer(buffer) = &mut full {
+            buffer.set_len(self.filled);
+        }
+        self.filled = 0;
+        // Nobody is there to take it only if the thread has panicked, which is seen when it is joined.
+        let _ = self.full.send((full, self.word));
+    }
+}
+
+/// The means over the whole step, in the order in which the gradients were given.
+pub struct Means<'s, 't, T: Gradient> {
+    step: &'s mut Step<'t>,
+    buckets: VecDeque<Buffer<T>>,
+    /// The bucket that is read next, and from where.
+    at: (usize, usize),
+    len: usize,
+}
+
+impl<T: Gradient> Means<'_, '_, T> {
+    /// Copies the next ones into `means`.
+    ///
+    /// # Panics
+    /// If so many were not given.
+    pub fn take(&mut self, means: &mut [T]) {
+        let mut rest = means;
+        while !rest.is_empty() {
+            let (bucket, from) = self.at;
+            let result = self.buckets.get(bucket).expect("as many were given").result();
+            let some = &result[from..][..rest.len().min(result.len() - from)];
+            let now = rest.split_off_mut(..some.len()).expect("it is no longer");
+            now.copy_from_slice(some);
+            self.at =
+                if from + some.len() == result.len() { (bucket + 1, 0) } else { (bucket, from + some.len()) };
+        }
+    }
+}
+
+impl<T: Gradient> Drop for Means<'_, '_, T> {
+    fn drop(&mut self) {
+        let generation = self.step.generation;
+        self.step.trainer.keep_buckets(generation, self.len, std::mem::take(&mut self.buckets));
+    }
+}
+
+impl<'t> Step<'t> {
+    /// Turns mean gradients over this rank's samples into the means over the whole step, as
+    /// [`all_reduce_means`](Step::all_reduce_means) does, while `compute` still makes others: it gives each to the
+    /// [`Buckets`] when it is ready. Adding up begins whenever `bucket_bytes` are there; 25 MB is a usual size, and all ranks
+    /// name the same.
+    ///
+    /// It returns what `compute` does, and the means.
+    ///
+    /// # Errors
+    /// [`Interrupted`] if the world broke or a rank has [failed](Buckets::fail).
+    pub fn all_reduce_while<T: Gradient, R>(
+        &mut self,
+        bucket_bytes: usize,
+        compute: impl FnOnce(&mut Buckets<'_, T>) -> R,
+    ) -> Result<(R, Means<'_, 't, T>), Interrupted> {
+        let len = (bucket_bytes / size_of::<T>()).max(1);
+        let (weight, word, generation) = (self.begin_gradients()?, self.word(), self.generation);
+        let kept = self.trainer.take_kept();
+        let had = match kept.as_ref().map(|kept| kept.numbers::<T>()) {
+            Some(None) => return Err(self.has_other_gradients()),
+            had => had.flatten(),
+        };
+        let empty = self.trainer.take_buckets::<T>(generation, len);
+        let Some(group) = self.trainer.group(generation) else {
+            self.trainer.keep(kept);
+            return Err(Interrupted);
+        };
+        let (full, to_reduce) = channel();
+        let reduced = &AtomicUsize::new(0);
+        let filling = Numbers::Copied(Vec::new());
+        let mut buckets =
+            Buckets { full, empty, filling, filled: 0, len, weight, had, given: 0, word, reduced };
+        buckets.filling = buckets.next();
+        let ran = std::thread::scope(|scope| {
+            // If `compute` panics, it is dropped on the way out, and the thread ends.
+            let mut buckets = buckets;
+            let thread = std::thread::Builder::new().name("reknit-reduce".to_owned());
+            let thread = thread.spawn_scoped(scope, move || reduce_all(group, len, to_reduce, reduced))?;
+            let computed = compute(&mut buckets);
+            buckets.hand_over();
+            let Buckets { full, empty, given, word, .. } = buckets;
+            drop(full);
+            match thread.join() {
+                Ok(all) => Ok((computed, empty, given, word, all)),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        });
+        let (computed, empty, given, word, (numbers, result)) = match ran {
+            Ok(ran) => ran,
+            Err(why) => {
+                let why: std::io::Error = why;
+                self.trainer.fail_for_good(format!("no thread to add up gradients on: {why}"));
+                return Err(Interrupted);
+            }
+        };
+        let has_failed = word.contains(ControlWord::FAILED);
+        if had.is_some_and(|had| had.len() != given) && !has_failed {
+            return Err(self.has_other_gradients());
+        }
+        let ended = self.ended(result);
+        if ended == Err(Ended::WorldOver) && self.trainer.retries_in_place() && !has_failed {
+            let numbers = numbers.iter().flat_map(|numbers| numbers.iter().copied()).collect();
+            self.keep_for_retry(kept.as_ref(), Numbers::Copied::<T>(numbers));
+            return Err(Interrupted);
+        }
+        self.trainer.keep(kept);
+        let buffer = |numbers| match numbers {
+            Numbers::InBuffer(buffer) => Some(buffer),
+            Numbers::Copied(_) => None,
+        };
+        let buckets = numbers.into_iter().filter_map(buffer).chain(empty).collect();
+        // Dropped, they are there for the next step.
+        let means = Means { step: self, buckets, at: (0, 0), len };
+        ended.map(|()| (computed, means)).map_err(|_| Interrupted)
+    }
+}
+
+/// Adds bucket after bucket up, until one cannot be or a rank has failed; returns all that came, what was added up first, and
+/// the word of all.
+fn reduce_all<T: Gradient>(
+    group: &mut Group,
+    len: usize,
+    full: Receiver<(Numbers<T>, ControlWord)>,
+    reduced: &AtomicUsize,
+) -> (Vec<Numbers<T>>, Result<ControlWord, Broken>) {
+    let mut all = Vec::new();
+    let mut result = Ok(ControlWord::default());
+    for (mut numbers, word) in full {
+        // All ranks see it at the same bucket.
+        if let Ok(words) = &result
+            && !words.contains(ControlWord::FAILED)
+        {
+            let words = *words;
+            let outcome;
+            (numbers, outcome) = reduce(group, len, numbers, word);
+            result = outcome.map(|word| words | word);
+            reduced.fetch_add(1, Ordering::Relaxed);
+        }
+        all.push(numbers);
+    }
+    (all, result)
+}
+
+fn reduce<T: Gradient>(
+    group: &mut Group,
+    len: usize,
+    numbers: Numbers<T>,
+    word: ControlWord,
+) -> (Numbers<T>, Result<ControlWord, Broken>) {
+    let mut buffer = match numbers {
+        Numbers::InBuffer(buffer) => buffer,
+        // The first step of a world: there was no bucket yet.
+        Numbers::Copied(numbers) => match group.buffer::<T>(len) {
+            Ok(mut buffer) => {
+                buffer.set_len(numbers.len());
+                buffer.copy_from_slice(&numbers);
+                buffer
+            }
+            Err(broken) => return (Numbers::Copied(numbers), Err(broken)),
+        },
+    };
+    let result = group.all_reduce_buffer(&mut buffer, ReduceOp::Sum, word);
+    (Numbers::InBuffer(buffer), result)
+}

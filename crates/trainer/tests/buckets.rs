@@ -1,0 +1,140 @@
+//! Gradients that are added up while others are still being computed.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use common::{Coordinator, ORDER, eventually};
+use reknit_trainer::{Buckets, NamedTensors, Options, Step, Trainer};
+
+const STEPS: u64 = 12;
+
+fn options(coordinator: &Coordinator, name: &str, workers: u32) -> Options {
+    let options = Options::new(coordinator.url(), "job", ORDER).unwrap().name(name).unwrap();
+    options.workers(workers, workers).unwrap().steps(STEPS)
+}
+
+fn state() -> NamedTensors {
+    NamedTensors::new().with_f32("w", [1], vec![0.0])
+}
+
+/// How long each layer's gradient is: in some steps none, in others more than a bucket has.
+fn layers(step: u64) -> Vec<usize> {
+    (0..5).map(|layer| (step as usize * 7 + layer * 13) % 40 * (layer + 1)).collect()
+}
+
+/// A layer's mean gradient over some samples.
+fn gradient(samples: &[u64], layer: usize, len: usize) -> Vec<f32> {
+    let mean = samples.iter().map(|sample| *sample as f32).sum::<f32>() / samples.len() as f32;
+    (0..len).map(|at| mean * 0.37 + (layer * 1000 + at) as f32).collect()
+}
+
+/// Runs so many workers to the end of their job, and returns what `work` made of every step.
+fn train<R: Send>(workers: u32, work: impl Fn(&mut Step<'_>) -> Option<R> + Sync) -> Vec<Vec<R>> {
+    let coordinator = Coordinator::start();
+    std::thread::scope(|scope| {
+        let (work, coordinator) = (&work, &coordinator);
+        let run = |rank: u32| {
+            let options = options(coordinator, &format!("w{rank}"), workers);
+            scope.spawn(move || {
+                let mut state = state();
+                let mut trainer = Trainer::join(options, &state).unwrap();
+                let mut all = Vec::new();
+                while let Some(mut step) = trainer.next_step(&mut state).unwrap() {
+                    if let Some(seen) = work(&mut step) {
+                        all.push(seen);
+                        step.commit(&state);
+                    }
+                }
+                all
+            })
+        };
+        let threads: Vec<_> = (0..workers).map(run).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn t3_buckets_of_any_size_give_the_mean_and_the_same_bits_on_every_worker() {
+    for (workers, bucket_bytes) in [(1, 64), (2, 4), (3, 64), (5, 1 << 20)] {
+        let all = train(workers, |step| {
+            let samples: Vec<u64> = step.samples().collect();
+            let lens = layers(step.index());
+            let give = |buckets: &mut Buckets<'_, f32>| {
+                lens.iter()
+                    .enumerate()
+                    .for_each(|(layer, len)| buckets.give(&gradient(&samples, layer, *len)));
+                lens.len()
+            };
+            let (count, mut means) = step.all_reduce_while(bucket_bytes, give).unwrap();
+            assert_eq!(count, 5);
+            let mut layers: Vec<Vec<f32>> = lens.iter().map(|len| vec![f32::NAN; *len]).collect();
+            // In other pieces than they were given in.
+            let (first, others) = layers.split_first_mut().unwrap();
+            first.chunks_mut(3).for_each(|some| means.take(some));
+            others.iter_mut().for_each(|mean| means.take(mean));
+            drop(means);
+            Some((step.index(), layers))
+        });
+        for (index, layers) in &all[0] {
+            let samples: Vec<u64> = ORDER.positions(*index).map(|position| ORDER.sample(position)).collect();
+            for (layer, mean) in layers.iter().enumerate() {
+                for (mean, exact) in mean.iter().zip(gradient(&samples, layer, mean.len())) {
+                    assert!((mean - exact).abs() <= exact.abs() * 1e-5, "{mean} instead of {exact}");
+                }
+            }
+        }
+        assert_eq!(all[0].len() as u64, STEPS);
+        assert!(all.iter().all(|one| *one == all[0]), "{workers} workers, buckets of {bucket_bytes} bytes");
+    }
+}
+
+#[test]
+fn adding_up_begins_before_all_is_computed() {
+    train(2, |step| {
+        let compute = |buckets: &mut Buckets<'_, f32>| {
+            for layer in 0..4 {
+                buckets.give(&[1.0; 16]);
+                // All but the one that waits for more.
+                eventually("the buckets that are full", || (buckets.reduced() == layer).then_some(()));
+            }
+        };
+        step.all_reduce_while(64, compute)
+            .map(|((), mut means)| {
+                let mut all = [0.0; 64];
+                means.take(&mut all);
+                assert_eq!(all, [1.0; 64]);
+            })
+            .ok()
+    });
+}
+
+#[test]
+fn t1_a_worker_that_fails_while_it_computes_has_all_do_the_step_again() {
+    let failed = std::sync::Mutex::new(BTreeSet::new());
+    let all = train(3, |step| {
+        let (rank, index) = (step.rank(), step.index());
+        let fails = u64::from(rank) == index % 3 && failed.lock().unwrap().insert(index);
+        let compute = |buckets: &mut Buckets<'_, f32>| {
+            buckets.give(&[3.0; 40]);
+            buckets.give(&[if fails { f32::NAN } else { 3.0 }; 24]);
+            if fails {
+                buckets.fail();
+            }
+        };
+        // Exactly four buckets: what is said after the last one was full is heard.
+        let reduced = step.all_reduce_while(64, compute).map(|((), mut means)| {
+            let mut all = [0.0; 64];
+            means.take(&mut all);
+            all
+        });
+        assert!(!(fails && reduced.is_ok()));
+        reduced.ok().map(|all| (step.generation(), all))
+    });
+    assert_eq!(failed.lock().unwrap().len() as u64, STEPS);
+    for (generation, means) in all.into_iter().flatten() {
+        assert_eq!((generation, means.map(|mean| (mean - 3.0).abs() < 1e-5)), (1, [true; 64]));
+    }
+}
