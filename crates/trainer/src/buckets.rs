@@ -26,8 +26,8 @@ pub struct Buckets<'a, T: Gradient> {
     full: Sender<(Numbers<T>, ControlWord)>,
     /// Buckets of the steps before, to be filled again.
     empty: VecDeque<Buffer<T>>,
-    /// The one that is being filled, and how far. It goes off when there is more, or when there is nothing more: so what this
-    /// rank says with the last one, it says after everything.
+    /// The one that is being filled, and how far. It goes off when it is full, and the last one, which may be empty, when nothing
+    /// more comes: what this rank says with that, it says after everything.
     filling: Numbers<T>,
     filled: usize,
     /// How many elements a bucket has.
@@ -46,10 +46,6 @@ impl<T: Gradient> Buckets<'_, T> {
     pub fn give(&mut self, mean: &[T]) {
         let mut rest = mean;
         while !rest.is_empty() {
-            if self.filled == self.len {
-                self.hand_over();
-                self.filling = self.next();
-            }
             let (now, later) = rest.split_at(rest.len().min(self.len - self.filled));
             let place = match &mut self.filling {
                 Numbers::InBuffer(buffer) => {
@@ -68,6 +64,10 @@ impl<T: Gradient> Buckets<'_, T> {
                 T::add(place, had);
             }
             (self.filled, self.given, rest) = (self.filled + now.len(), self.given + now.len(), later);
+            if self.filled == self.len {
+                self.hand_over();
+                self.filling = self.next();
+            }
         }
     }
 
