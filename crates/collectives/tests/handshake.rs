@@ -22,6 +22,9 @@ use reknit_membership::ids::{Generation, MemberId, Rank, WorldSize};
 const RING: Purpose = Purpose::Ring { from: Rank(3), to: Rank(4) };
 const STATE: Purpose = Purpose::State { member: MemberId(0xfeed) };
 
+/// Which version of the protocol this is.
+const VERSION: u16 = 3;
+
 /// Shorter than any limit on a handshake, longer than what is not delayed takes on a busy machine.
 const PROMPT: Duration = Duration::from_secs(2);
 
@@ -150,9 +153,9 @@ fn who_dials_before_the_door_opens_is_let_in_when_it_does() {
     let addr = listener.local_addr();
     let early = thread::spawn(move || dial_as(RING, addr, 7, &secret()));
     let mut held = TcpStream::connect(addr).unwrap();
-    held.write_all(&hello(2, 1, 7, 5)).unwrap();
+    held.write_all(&hello(VERSION, 1, 7, 5)).unwrap();
     // The listener reads what came first first: when this has its answer, the one before has been read and is held.
-    assert_eq!(ask(addr, &hello(3, 1, 7, 3)), (*b"rkA1", 1), "wrong version");
+    assert_eq!(ask(addr, &hello(VERSION + 1, 1, 7, 3)), (*b"rkA1", 1), "wrong version");
     let opened = Instant::now();
     let door = open(&listener, 7, secret());
     assert_eq!(hear_answer(&mut held), (*b"rkA1", 0), "challenged");
@@ -166,8 +169,12 @@ fn who_comes_too_early_when_many_have_is_asked_to_come_back_at_once() {
     let listener =
         listener_with(ListenerOptions { held_max: 1, hold: BOUND * 2, ..ListenerOptions::default() });
     let mut held = TcpStream::connect(listener.local_addr()).unwrap();
-    held.write_all(&hello(2, 1, 7, 3)).unwrap();
-    assert_eq!(ask(listener.local_addr(), &hello(2, 1, 7, 3)), (*b"rkA1", 2), "C-9: unknown generation");
+    held.write_all(&hello(VERSION, 1, 7, 3)).unwrap();
+    assert_eq!(
+        ask(listener.local_addr(), &hello(VERSION, 1, 7, 3)),
+        (*b"rkA1", 2),
+        "C-9: unknown generation"
+    );
     let _door = open(&listener, 7, secret());
     assert_eq!(hear_answer(&mut held), (*b"rkA1", 0), "challenged");
 }
@@ -190,7 +197,7 @@ fn a_door_that_opens_after_the_hold_is_reached_by_dialling_again() {
     let addr = listener.local_addr();
     let early = thread::spawn(move || dial_as(RING, addr, 7, &secret()));
     // Held for as long and refused, as the dialler is by about now: so the door opens while it pauses, or it is open.
-    assert_eq!(ask(addr, &hello(2, 1, 7, 5)), (*b"rkA1", 2), "unknown generation");
+    assert_eq!(ask(addr, &hello(VERSION, 1, 7, 5)), (*b"rkA1", 2), "unknown generation");
     let door = open(&listener, 7, secret());
     assert!(door.take_previous(soon(), &AbortHandle::new()).is_ok());
     assert!(early.join().unwrap().is_ok());
@@ -201,11 +208,11 @@ fn another_version_is_told_so_and_garbage_is_told_nothing() {
     let listener = listener();
     let _door = open(&listener, 7, secret());
     let mut other = TcpStream::connect(listener.local_addr()).unwrap();
-    other.write_all(&hello(3, 1, 7, 3)).unwrap();
+    other.write_all(&hello(VERSION + 1, 1, 7, 3)).unwrap();
     assert_eq!(hear_answer(&mut other), (*b"rkA1", 1), "wrong version");
     assert!(is_closed(&other));
 
-    let garbage: [&[u8]; 3] = [b"GET / HTTP/1.1\r\n", &[0xff; 4096], &hello(2, 9, 7, 3)];
+    let garbage: [&[u8]; 3] = [b"GET / HTTP/1.1\r\n", &[0xff; 4096], &hello(VERSION, 9, 7, 3)];
     for garbage in garbage {
         let mut stream = TcpStream::connect(listener.local_addr()).unwrap();
         stream.write_all(garbage).unwrap();
@@ -268,7 +275,8 @@ fn a_listener_that_does_not_know_the_secret_is_an_impostor() {
                 return;
             }
             let mut challenge = [0; 24];
-            challenge[..6].copy_from_slice(b"rkA1\x01\0");
+            challenge[..4].copy_from_slice(b"rkA1");
+            challenge[4..6].copy_from_slice(&VERSION.to_le_bytes());
             client.write_all(&challenge).unwrap();
             client.read_exact(&mut [0; 32]).unwrap();
             client.write_all(&[0; 40]).unwrap();
@@ -307,13 +315,13 @@ fn who_says_nothing_or_half_is_closed_in_time_and_delays_nobody() {
     let idle: Vec<_> = (0..50)
         .map(|at| {
             let mut stream = TcpStream::connect(addr).unwrap();
-            stream.write_all(&hello(2, 1, 7, 3)[..at % 40]).unwrap();
+            stream.write_all(&hello(VERSION, 1, 7, 3)[..at % 40]).unwrap();
             stream
         })
         .collect();
     // One that was challenged and does not answer.
     let mut mute = TcpStream::connect(addr).unwrap();
-    mute.write_all(&hello(2, 1, 7, 3)).unwrap();
+    mute.write_all(&hello(VERSION, 1, 7, 3)).unwrap();
     mute.read_exact(&mut [0; 24]).unwrap();
     let between = Instant::now();
     assert!(dial_as(STATE, addr, 7, &secret()).is_ok());
@@ -335,7 +343,7 @@ fn members_get_in_at_once_however_many_silent_strangers_there_are() {
     let addr = listener.local_addr();
     let mut strangers: Vec<_> = (0..4).map(|_| TcpStream::connect(addr).unwrap()).collect();
     // Half a hello is as good as none.
-    strangers[1].write_all(&hello(2, 2, 7, 3)[..20]).unwrap();
+    strangers[1].write_all(&hello(VERSION, 2, 7, 3)[..20]).unwrap();
     let start = Instant::now();
     let _members = [(); 2].map(|()| dial_as(STATE, addr, 7, &secret()).unwrap());
     assert!(start.elapsed() < PROMPT, "C-9");
@@ -349,7 +357,7 @@ fn members_get_in_at_once_however_many_silent_strangers_there_are() {
     assert_eq!(strangers.len(), 3, "C-9: one made room, for one member after the other");
     // The others are still listened to.
     let last = strangers.last_mut().unwrap();
-    last.write_all(&hello(2, 2, 7, 3)).unwrap();
+    last.write_all(&hello(VERSION, 2, 7, 3)).unwrap();
     assert_eq!(hear_answer(last), (*b"rkA1", 0));
 }
 

@@ -20,7 +20,8 @@ struct Pipe {
     cut_after: Option<usize>,
     /// No byte can enter it any more; those in it can still leave.
     closed: bool,
-    passed: usize,
+    /// All that has entered it.
+    passed: Vec<u8>,
 }
 
 /// A source of numbers that a seed replays.
@@ -52,8 +53,9 @@ impl Transport for Memory {
         assert!(offered > 0, "a send of nothing");
         let limit = 1 + self.chance.borrow_mut().below(offered);
         let room = (pipe.capacity - pipe.bytes.len()).min(limit).min(pipe.cut_after.unwrap_or(usize::MAX));
-        pipe.bytes.extend(pieces.iter().flat_map(|piece| piece.iter()).take(room));
-        pipe.passed += room;
+        let bytes: Vec<u8> = pieces.iter().flat_map(|piece| piece.iter()).take(room).copied().collect();
+        pipe.bytes.extend(&bytes);
+        pipe.passed.extend(bytes);
         if let Some(left) = &mut pipe.cut_after {
             *left -= room;
             pipe.closed = *left == 0;
@@ -110,11 +112,11 @@ struct Trial<'a, T> {
     seed: u64,
 }
 
-/// What became of it: each rank's word or fault, the outputs, and how many bytes each rank sent.
+/// What became of it: each rank's word or fault, the outputs, and what each rank sent.
 struct Verdict<T> {
     results: Vec<Result<ControlWord, Fault>>,
     outputs: Vec<Vec<T>>,
-    sent: Vec<usize>,
+    sent: Vec<Vec<u8>>,
 }
 
 impl<T: Element> Trial<'_, T> {
@@ -186,7 +188,7 @@ impl<T: Element> Trial<'_, T> {
             assert!(idle < 2000 * n, "C-1: nobody moves, seed {}", self.seed);
         }
         drop(runs);
-        let sent = pipes.iter().map(|pipe| pipe.borrow().passed).collect();
+        let sent = pipes.iter().map(|pipe| pipe.borrow().passed.clone()).collect();
         Verdict { results: results.into_iter().flatten().collect(), outputs: self.outputs, sent }
     }
 }
@@ -324,7 +326,7 @@ fn a_cut_or_a_death_after_any_byte_ends_every_rank_and_who_succeeds_has_the_resu
         let fresh = |which: usize| trials(n, &inputs).swap_remove(which);
         for which in 0..count {
             let whole = fresh(which).0.play().sent;
-            let points = (0..n).flat_map(|rank| (0..whole[rank]).map(move |bytes| (rank, bytes)));
+            let points = (0..n).flat_map(|rank| (0..whole[rank].len()).map(move |bytes| (rank, bytes)));
             let hows = [How::Link, How::Death, How::Reset];
             for (rank, bytes, how) in points.flat_map(|(rank, bytes)| hows.map(|how| (rank, bytes, how))) {
                 let (trial, want) = fresh(which);
@@ -415,4 +417,69 @@ fn a_stream_that_is_none_is_refused() {
         });
         assert!(matches!(fault, Some(Fault::Protocol(_))), "byte {at}: {fault:?}");
     }
+}
+
+/// How bytes can come that no rank sends.
+fn damaged(honest: &[u8], chance: &mut Chance) -> Vec<u8> {
+    let mut bytes = honest.to_vec();
+    let at = chance.below(bytes.len());
+    let until = at + chance.below(bytes.len() - at);
+    match chance.below(5) {
+        0 => bytes[at] ^= 1 << chance.below(8),
+        1 => bytes.truncate(at),
+        2 => drop(bytes.drain(at..until)),
+        3 => bytes.splice(at..at, honest[at..until].iter().copied()).for_each(drop),
+        _ => bytes[at..].iter_mut().for_each(|byte| *byte = chance.below(256) as u8),
+    }
+    bytes
+}
+
+#[test]
+fn whatever_a_neighbour_sends_a_rank_ends_and_takes_no_byte_that_is_not_its() {
+    let seeds = 6000;
+    let (mut done, mut refused) = (0, 0);
+    for seed in 0..seeds {
+        let mut chance = Chance(seed);
+        let n = 2 + chance.below(3);
+        let inputs = input(n, [0, 1, 6, 40][chance.below(4)]);
+        let len = inputs[0].len();
+        let kind = match chance.below(5) {
+            0 => CallKind::ReduceScatter { dtype: DType::I64, op: ReduceOp::Sum },
+            1 => CallKind::AllGather { dtype: DType::I64 },
+            2 => CallKind::Broadcast { dtype: DType::I64, root: Rank(chance.below(n) as u32) },
+            3 => CallKind::Barrier,
+            _ => SUM,
+        };
+        let trial = Trial { calls: same(n, kind, len), capacity: 10_000, ..reduction(n, &inputs, seed) };
+        let (call, honest) = (trial.calls[0], trial.play().sent.pop().unwrap());
+        let sent = damaged(&honest, &mut chance);
+        let is_header_whole = sent.starts_with(&call.header(Rank(n as u32 - 1)));
+
+        let (mut output, mut staging) = (vec![0; len], vec![0; 64]);
+        let seat = Seat { size: WorldSize(n as u32), rank: Rank(0), prev: Rank(n as u32 - 1) };
+        let mut run = Run::new(call, seat, &inputs[0], &mut output, &mut staging, ControlWord::NONE);
+        let prev = Pipe { bytes: sent.into(), closed: true, ..Pipe::default() };
+        let prev = Rc::new(RefCell::new(prev));
+        let next = Rc::new(RefCell::new(Pipe { capacity: 10_000, ..Pipe::default() }));
+        let (chance, before) = (Rc::new(RefCell::new(chance)), prev.borrow().bytes.len());
+        let mut transport = Memory { next, prev: prev.clone(), chance };
+        let mut ended = None;
+        for _ in 0..20_000 {
+            (run.room, run.bytes) = (true, true);
+            ended = run.advance(&mut transport).err().map(Err).or(run.is_done().then_some(Ok(())));
+            if ended.is_some() {
+                break;
+            }
+        }
+        match ended.unwrap_or_else(|| panic!("C-1: seed {seed}: {call} does not end")) {
+            Ok(()) => {
+                assert!(is_header_whole, "C-7: seed {seed}: {call} took another's header for its own");
+                assert_eq!(before - prev.borrow().bytes.len(), honest.len(), "seed {seed}: {call}");
+                done += 1;
+            }
+            Err(Fault::PrevLost(_) | Fault::Mismatch { .. } | Fault::Protocol(_)) => refused += 1,
+            Err(fault) => panic!("seed {seed}: {call}: {fault:?}"),
+        }
+    }
+    assert!(done > seeds / 20 && refused > seeds / 5, "{done} and {refused}: it tries little");
 }
