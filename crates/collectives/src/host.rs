@@ -38,6 +38,7 @@ use crate::reduce::ReduceOp;
 use crate::schedule::part;
 use crate::secret::Nonce;
 use crate::segment::{PAGE, Segment, Whereabouts};
+use crate::windows::{Windows, stretch};
 use crate::word::ControlWord;
 use crate::words::{self, SegmentWords};
 
@@ -123,6 +124,9 @@ pub(crate) struct Host {
     /// How many collectives there were.
     turn: u64,
     results: Option<Segment>,
+    /// A further segment that this rank has made and not yet come to use: kept here, so that others find it, or that this rank
+    /// has given up.
+    made: Option<Segment>,
     buffers: u32,
     spin: Duration,
     stall: Duration,
@@ -169,7 +173,8 @@ impl Host {
     pub(crate) fn new(segment: Segment, layout: Layout, own: usize, spin: Duration, stall: Duration) -> Host {
         let segment = Arc::new(segment);
         let progress = Progress::new(SegmentWords(segment.clone()), own, layout.ranks);
-        Host { layout, segment, progress, own, step: 0, turn: 0, results: None, buffers: 0, spin, stall }
+        let (results, made) = (None, None);
+        Host { layout, segment, progress, own, step: 0, turn: 0, results, made, buffers: 0, spin, stall }
     }
 
     pub(crate) fn segment(&self) -> &Arc<Segment> {
@@ -209,12 +214,14 @@ impl Host {
         }
         // More than a window in place: results are put together elsewhere, by all ranks if any one needs it. Before they know
         // that, the memory is made; it takes none before it is written to.
-        let made = if windows.len() > 1 { self.make_room(size_of_val(operands.input()))? } else { None };
+        if windows.len() > 1 {
+            self.make_room(size_of_val(operands.input()))?;
+        }
         self.offer(&operands.input()[windows.at(0)], self.step + 1);
         let in_place = matches!(operands, Operands::InPlace(_)) && windows.len() > 1;
         let (word, aside) = self.begin_with(call, word, in_place, stop)?;
         if windows.len() > 1 {
-            self.find_room(size_of_val(operands.input()), made)?;
+            self.find_room(size_of_val(operands.input()))?;
         }
         for at in 0..windows.len() {
             let window = windows.at(at);
@@ -339,9 +346,9 @@ impl Host {
         let too_large = HostFault::System(io::ErrorKind::InvalidInput);
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| too_large.clone())?;
         let halls = Halls::new(self.layout.ranks, bytes).ok_or(too_large)?;
-        let made = self.make_further(halls.bytes())?;
+        self.make_further(halls.bytes())?;
         let word = self.begin(call, word, stop)?;
-        let mut segment = self.find_further(halls.bytes(), made)?;
+        let mut segment = self.find_further(halls.bytes())?;
         self.count_and_wait(stop)?;
         segment.close();
         let id = self.buffers;
@@ -519,9 +526,9 @@ impl Host {
     }
 
     /// Makes memory for results of so many bytes if this rank is the one to do so and there is none.
-    fn make_room(&mut self, bytes: usize) -> Result<Option<Segment>, HostFault> {
+    fn make_room(&mut self, bytes: usize) -> Result<(), HostFault> {
         if self.results.as_ref().is_some_and(|results| results.bytes() >= bytes) {
-            return Ok(None);
+            return Ok(());
         }
         // The old one first: two at a time are not needed.
         self.results = None;
@@ -529,28 +536,33 @@ impl Host {
     }
 
     /// Maps the memory for results that was made, unless what there is will do.
-    fn find_room(&mut self, bytes: usize, made: Option<Segment>) -> Result<(), HostFault> {
+    fn find_room(&mut self, bytes: usize) -> Result<(), HostFault> {
         if self.results.is_none() {
-            self.results = Some(self.find_further(results_bytes(bytes), made)?);
+            self.results = Some(self.find_further(results_bytes(bytes))?);
         }
         Ok(())
     }
 
     /// Makes a further segment if this is the first rank, and says where it is.
-    fn make_further(&self, bytes: usize) -> Result<Option<Segment>, HostFault> {
+    fn make_further(&mut self, bytes: usize) -> Result<(), HostFault> {
         let word = self.segment.long_word(self.layout.further());
-        further::make(word, bytes, self.label(self.step), self.own == 0)
+        self.made = further::make(word, bytes, self.label(self.step), self.own == 0)?;
+        Ok(())
     }
 
     /// The further segment that this rank or the first has made for the step that all have counted since.
-    fn find_further(&self, bytes: usize, made: Option<Segment>) -> Result<Segment, HostFault> {
-        match made {
-            Some(made) => Ok(made),
-            None => {
-                let word = self.segment.long_word(self.layout.further());
-                further::find(word, bytes, self.label(self.step - 1))
-            }
+    fn find_further(&mut self, bytes: usize) -> Result<Segment, HostFault> {
+        if let Some(made) = self.made.take() {
+            return Ok(made);
         }
+        let word = self.segment.long_word(self.layout.further());
+        further::find(word, bytes, self.label(self.step - 1)).map_err(|fault| match fault {
+            // The first rank is gone, but not if it said so because another was.
+            HostFault::Stuck(Stuck::GivenUp(first)) => {
+                Stuck::GivenUp(self.progress.given_up().unwrap_or(first)).into()
+            }
+            other => other,
+        })
     }
 
     /// What says that a further segment is one of this world, made in that step.
@@ -565,25 +577,5 @@ fn results_bytes(bytes: usize) -> usize {
     bytes.next_power_of_two().max(RESULTS_BYTES_MIN)
 }
 
-/// The elements of a collective, window by window. There is one window even if there are no elements.
-#[derive(Debug, Clone, Copy)]
-struct Windows {
-    len: usize,
-    each: usize,
-}
-
-impl Windows {
-    fn len(self) -> usize {
-        self.len.div_ceil(self.each).max(1)
-    }
-
-    fn at(self, window: usize) -> Range<usize> {
-        window * self.each..self.len.min((window + 1) * self.each)
-    }
-}
-
-/// A stretch of a rank's part, at most `each` long.
-fn stretch(len: usize, ranks: usize, rank: usize, from: usize, each: usize) -> Range<usize> {
-    let Range { start, end } = part(len, WorldSize(ranks as u32), Rank(rank as u32));
-    (start + from).min(end)..(start + from + each).min(end)
-}
+#[cfg(test)]
+mod tests;

@@ -61,6 +61,7 @@ mod ring;
 mod segment;
 mod table;
 mod transport;
+mod windows;
 mod words;
 
 mod abort;

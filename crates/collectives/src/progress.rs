@@ -72,10 +72,21 @@ impl<W: Words> Progress<W> {
         self.ring();
     }
 
+    /// Because of whom somebody has given up, if anybody has.
+    pub(crate) fn given_up(&self) -> Option<Rank> {
+        self.words.given_up().checked_sub(1).map(Rank)
+    }
+
     /// Wakes all who sleep, of this process and of others, so that they look.
     pub(crate) fn ring(&self) {
         self.words.ring();
         self.words.wake_all();
+    }
+
+    /// How many steps this rank has done.
+    #[cfg(test)]
+    pub(crate) fn counted(&self) -> u64 {
+        self.words.progress(self.own)
     }
 
     /// Waits until all ranks have done `step`, but not after `stop` says so, and not for longer than `stall` in which

@@ -20,7 +20,8 @@ use half::{bf16, f16};
 /// Sums of integers wrap around on overflow; those of floats become infinite. A mean is right where its sum would not fit:
 /// `u8` and `i32` are averaged as `i64`, and `f16` as `f32`, which takes as many bytes on the wire. `f16` and `bf16` are
 /// otherwise added as `f32` and rounded once per hop, and in shared memory or where there are few once in all. If any input is
-/// NaN, so is the result, for [`Min`](ReduceOp::Min) and [`Max`](ReduceOp::Max) too. The inputs are added in rank order in
+/// NaN, so is the result, for [`Min`](ReduceOp::Min) and [`Max`](ReduceOp::Max) too; which NaN, may differ between processors
+/// of different makes. The inputs are added in rank order in
 /// shared memory and in an all-reduce of few elements (of which a rank sends at most 64 KiB), and else in ring order, which
 /// depends on the element's place: the result is bit for bit the same on every rank, but not the same in the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
