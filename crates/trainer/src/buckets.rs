@@ -11,15 +11,17 @@
 //! this design, and how much it gains.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use reknit_collectives::{Broken, Buffer, ControlWord, Group, ReduceOp};
+use reknit_collectives::{AbortHandle, BreakReason, Broken, Buffer, ControlWord, Group, ReduceOp};
 
 use crate::error::Interrupted;
 use crate::gradient::Gradient;
 use crate::retry::Numbers;
 use crate::step::{Ended, Step};
+use crate::trainer::wishes;
 
 /// Takes gradients as they become ready.
 pub struct Buckets<'a, T: Gradient> {
@@ -37,7 +39,19 @@ pub struct Buckets<'a, T: Gradient> {
     had: Option<&'a [T]>,
     given: usize,
     word: ControlWord,
-    reduced: &'a AtomicUsize,
+    done: &'a AtomicUsize,
+}
+
+/// Breaks the world if the program panics while it computes: the others are not to wait for what does not come, nor is the
+/// thread.
+struct Panicking(AbortHandle);
+
+impl Drop for Panicking {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.abort(BreakReason::Aborted);
+        }
+    }
 }
 
 impl<T: Gradient> Buckets<'_, T> {
@@ -77,9 +91,22 @@ impl<T: Gradient> Buckets<'_, T> {
         self.word |= ControlWord::FAILED;
     }
 
-    /// How many buckets are added up already.
-    pub fn reduced(&self) -> usize {
-        self.reduced.load(Ordering::Relaxed)
+    /// How many buckets are done with: added up, or passed over because the step is interrupted.
+    pub fn done(&self) -> usize {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// The end of what was given: says what this rank says with its last bucket, which is empty if the one before was full.
+    /// Whether it gave as many elements as it has.
+    fn end(&mut self, wishes: ControlWord) -> bool {
+        let is_alike = self.had.is_none_or(|had| had.len() == self.given);
+        if !is_alike {
+            // The others must not take what this rank has for more than it is.
+            self.fail();
+        }
+        self.word |= wishes;
+        self.hand_over();
+        is_alike
     }
 
     fn next(&mut self) -> Numbers<T> {
@@ -88,7 +115,7 @@ impl<T: Gradient> Buckets<'_, T> {
                 buffer.set_len(self.len);
                 Numbers::InBuffer(buffer)
             }
-            None => Numbers::Copied(Vec::with_capacity(self.len)),
+            None => Numbers::Copied(Vec::new()),
         }
     }
 
@@ -110,6 +137,8 @@ pub struct Means<'s, 't, T: Gradient> {
     buckets: VecDeque<Buffer<T>>,
     /// The bucket that is read next, and from where.
     at: (usize, usize),
+    /// How many are still to be read.
+    left: usize,
     len: usize,
 }
 
@@ -119,10 +148,12 @@ impl<T: Gradient> Means<'_, '_, T> {
     /// # Panics
     /// If so many were not given.
     pub fn take(&mut self, means: &mut [T]) {
+        let left = self.left.checked_sub(means.len());
+        self.left = left.unwrap_or_else(|| panic!("{} means are left, not {}", self.left, means.len()));
         let mut rest = means;
         while !rest.is_empty() {
             let (bucket, from) = self.at;
-            let result = self.buckets.get(bucket).expect("as many were given").result();
+            let result = self.buckets[bucket].result();
             let some = &result[from..][..rest.len().min(result.len() - from)];
             let now = rest.split_off_mut(..some.len()).expect("it is no longer");
             now.copy_from_slice(some);
@@ -148,70 +179,68 @@ impl<'t> Step<'t> {
     /// It returns what `compute` does, and the means.
     ///
     /// # Errors
-    /// [`Interrupted`] if the world broke or a rank has [failed](Buckets::fail).
+    /// [`Interrupted`] if the world broke or a rank has [failed](Buckets::fail). What `compute` returned is then lost.
     pub fn all_reduce_while<T: Gradient, R>(
         &mut self,
         bucket_bytes: usize,
         compute: impl FnOnce(&mut Buckets<'_, T>) -> R,
     ) -> Result<(R, Means<'_, 't, T>), Interrupted> {
         let len = (bucket_bytes / size_of::<T>()).max(1);
-        let (weight, word, generation) = (self.begin_gradients()?, self.word(), self.generation);
-        let kept = self.trainer.take_kept();
+        let (weight, word, generation) = (self.begin_gradients()?, self.failure(), self.generation);
+        let (kept, hub) = (self.trainer.kept(), Arc::clone(self.trainer.hub()));
         let had = match kept.as_ref().map(|kept| kept.numbers::<T>()) {
             Some(None) => return Err(self.has_other_gradients()),
             had => had.flatten(),
         };
         let empty = self.trainer.take_buckets::<T>(generation, len);
-        let Some(group) = self.trainer.group(generation) else {
-            self.trainer.keep(kept);
-            return Err(Interrupted);
-        };
+        let Some(group) = self.trainer.group(generation) else { return Err(Interrupted) };
+        let abort = group.abort_handle();
         let (full, to_reduce) = channel();
-        let reduced = &AtomicUsize::new(0);
+        let done = &AtomicUsize::new(0);
         let filling = Numbers::Copied(Vec::new());
-        let mut buckets =
-            Buckets { full, empty, filling, filled: 0, len, weight, had, given: 0, word, reduced };
+        let mut buckets = Buckets { full, empty, filling, filled: 0, len, weight, had, given: 0, word, done };
         buckets.filling = buckets.next();
         let ran = std::thread::scope(|scope| {
-            // If `compute` panics, it is dropped on the way out, and the thread ends.
-            let mut buckets = buckets;
+            // If `compute` panics, both are dropped on the way out, and the thread ends.
+            let (mut buckets, _panicking) = (buckets, Panicking(abort));
             let thread = std::thread::Builder::new().name("reknit-reduce".to_owned());
-            let thread = thread.spawn_scoped(scope, move || reduce_all(group, len, to_reduce, reduced))?;
+            let thread = thread.spawn_scoped(scope, move || reduce_all(group, len, to_reduce, done))?;
             let computed = compute(&mut buckets);
-            buckets.hand_over();
+            // As late as can be: what is known by now counts.
+            let is_alike = buckets.end(hub.look(wishes));
             let Buckets { full, empty, given, word, .. } = buckets;
             drop(full);
             match thread.join() {
-                Ok(all) => Ok((computed, empty, given, word, all)),
+                Ok(all) => Ok((computed, empty, (given, is_alike), word, all)),
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         });
-        let (computed, empty, given, word, (numbers, result)) = match ran {
+        let (computed, empty, (given, is_alike), word, (numbers, result)) = match ran {
             Ok(ran) => ran,
             Err(why) => {
                 let why: std::io::Error = why;
-                self.trainer.fail_for_good(format!("no thread to add up gradients on: {why}"));
+                let why = format!("no thread to add up gradients on: {why}");
+                self.trainer.hub().bring(|session| session.machine_failed(why));
                 return Err(Interrupted);
             }
         };
-        let has_failed = word.contains(ControlWord::FAILED);
-        if had.is_some_and(|had| had.len() != given) && !has_failed {
+        let ended = self.ended(result);
+        if !is_alike {
             return Err(self.has_other_gradients());
         }
-        let ended = self.ended(result);
+        let has_failed = word.contains(ControlWord::FAILED);
         if ended == Err(Ended::WorldOver) && self.trainer.retries_in_place() && !has_failed {
             let numbers = numbers.iter().flat_map(|numbers| numbers.iter().copied()).collect();
-            self.keep_for_retry(kept.as_ref(), Numbers::Copied::<T>(numbers));
+            self.keep_for_retry(Numbers::Copied::<T>(numbers));
             return Err(Interrupted);
         }
-        self.trainer.keep(kept);
         let buffer = |numbers| match numbers {
             Numbers::InBuffer(buffer) => Some(buffer),
             Numbers::Copied(_) => None,
         };
         let buckets = numbers.into_iter().filter_map(buffer).chain(empty).collect();
         // Dropped, they are there for the next step.
-        let means = Means { step: self, buckets, at: (0, 0), len };
+        let means = Means { step: self, buckets, at: (0, 0), left: given, len };
         ended.map(|()| (computed, means)).map_err(|_| Interrupted)
     }
 }
@@ -222,7 +251,7 @@ fn reduce_all<T: Gradient>(
     group: &mut Group,
     len: usize,
     full: Receiver<(Numbers<T>, ControlWord)>,
-    reduced: &AtomicUsize,
+    done: &AtomicUsize,
 ) -> (Vec<Numbers<T>>, Result<ControlWord, Broken>) {
     let mut all = Vec::new();
     let mut result = Ok(ControlWord::default());
@@ -235,8 +264,8 @@ fn reduce_all<T: Gradient>(
             let outcome;
             (numbers, outcome) = reduce(group, len, numbers, word);
             result = outcome.map(|word| words | word);
-            reduced.fetch_add(1, Ordering::Relaxed);
         }
+        done.fetch_add(1, Ordering::Relaxed);
         all.push(numbers);
     }
     (all, result)

@@ -89,7 +89,7 @@
 //! | T-6 | Nothing is sent to the coordinator per step. |
 //! | T-7 | A checkpoint that cannot be written costs no step and leaves nothing behind; the last step's is made if it can be. |
 //! | T-8 | A worker that has joined and has not yet asked for a step holds nobody up. |
-//! | T-9 | With [`Options::retry_in_place`], what a survivor has computed for a step that is interrupted counts, once; only what nobody has any more is computed again. |
+//! | T-9 | With [`Options::retry_in_place`], what a survivor has given for a step whose gradients were not added up counts, once; only what nobody has any more is computed again. |
 //!
 //! # Reading order
 //! [`options`] what a program says · [`credentials`] what it shows, and checks the coordinator by · [`trainer`] joining, and the next step · [`step`] one step · [`buckets`] gradients that are added up meanwhile · [`order`] which samples · `retry` what is left of a step that was interrupted

@@ -131,15 +131,18 @@ impl Options {
     /// Whether a step whose world breaks is not computed anew: what the survivors have computed for it counts, and only the
     /// samples of those who are lost are shared out. By default it is computed anew. All workers of a job must say the same.
     ///
-    /// It spares nearly a whole forward and backward pass per loss, for one small collective per world, and the gradients
-    /// are kept until the step is committed. What a program has to know:
-    /// - all that a step adds up over samples goes into one call of [`all_reduce_mean`] or [`all_reduce_means`], the loss as
-    ///   one number more, say: a second call in one step is an error;
+    /// It spares nearly a whole forward and backward pass where a world breaks before or while gradients are added up, for one
+    /// small collective per world. What a program has to know:
+    /// - all that a step adds up over samples goes into one call of [`all_reduce_mean`], [`all_reduce_means`] or
+    ///   [`all_reduce_while`], the loss as one number more, say: a second call in one step is an error. If the world breaks
+    ///   in another collective after that, or a worker [fails](crate::Step::fail), what was given in this world is computed
+    ///   anew;
     /// - [`samples`] are what is to be computed now, for a step that was interrupted few or none; the mean is over the whole
     ///   step nevertheless. [`covered_samples`] are those that this worker's part of the mean is for.
     ///
     /// [`all_reduce_mean`]: crate::Step::all_reduce_mean
     /// [`all_reduce_means`]: crate::Step::all_reduce_means
+    /// [`all_reduce_while`]: crate::Step::all_reduce_while
     /// [`samples`]: crate::Step::samples
     /// [`covered_samples`]: crate::Step::covered_samples
     #[must_use]

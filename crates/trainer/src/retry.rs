@@ -38,7 +38,7 @@ pub(crate) struct Kept {
     pub(crate) step: u64,
     /// For which of its positions: in order, and with gaps between them.
     pub(crate) stretches: Vec<Stretch>,
-    numbers: Box<dyn Any + Send>,
+    numbers: Box<dyn Any + Send + Sync>,
 }
 
 /// Where they lie.

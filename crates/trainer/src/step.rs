@@ -24,6 +24,8 @@ pub struct Step<'t> {
     pub(crate) state_replaced: bool,
     /// What this rank is to compute, counted from the step's first position. None has no length.
     own: Vec<Stretch>,
+    /// The same, and what it has from worlds that broke.
+    covered: Vec<Stretch>,
     word: ControlWord,
     collectives: u32,
     /// Whether the gradients have been given.
@@ -84,6 +86,9 @@ impl<'t> Step<'t> {
         let Place { generation, rank, size, .. } = *place;
         own.retain(|stretch| !stretch.is_empty());
         let (is_reduced, failed) = (false, false);
+        let kept = trainer.kept();
+        let kept = kept.as_ref().map_or(&[][..], |kept| &kept.stretches);
+        let covered = with(kept, &own).expect("nobody is dealt what is kept");
         Step {
             trainer,
             generation,
@@ -92,6 +97,7 @@ impl<'t> Step<'t> {
             size,
             state_replaced,
             own,
+            covered,
             word,
             collectives,
             is_reduced,
@@ -135,7 +141,7 @@ impl<'t> Step<'t> {
     /// The samples that this rank's part of the step's mean is for: those that it is to compute, and those that it has from
     /// a world that broke.
     pub fn covered_samples(&self) -> Samples {
-        self.samples_of(self.covered())
+        self.samples_of(self.covered.clone())
     }
 
     fn samples_of(&self, mut stretches: Vec<Stretch>) -> Samples {
@@ -146,10 +152,6 @@ impl<'t> Step<'t> {
             *stretch = first + stretch.start..first + stretch.end;
         }
         Samples { order, positions: stretches.into_iter().flatten(), left }
-    }
-
-    fn covered(&self) -> Vec<Stretch> {
-        with(self.trainer.kept_stretches(), &self.own).expect("nobody is dealt what is kept")
     }
 
     /// A number that is the same on every rank for this step, and another one for every other step: a seed for what
@@ -174,7 +176,7 @@ impl<'t> Step<'t> {
     pub fn all_reduce_means<T: Gradient>(&mut self, means: &mut [&mut [T]]) -> Result<(), Interrupted> {
         let weight = self.begin_gradients()?;
         let (generation, len) = (self.generation, means.iter().map(|mean| mean.len()).sum());
-        let kept = self.trainer.take_kept();
+        let kept = self.trainer.kept();
         let had = kept.as_ref().map(|kept| kept.numbers::<T>().filter(|numbers| numbers.len() == len));
         let had = match had {
             Some(None) => return Err(self.has_other_gradients()),
@@ -210,7 +212,6 @@ impl<'t> Step<'t> {
                     mean.copy_from_slice(result);
                     rest = others;
                 }
-                self.trainer.keep(kept);
                 self.trainer.keep_buffer(generation, buffer);
                 Ok(())
             }
@@ -225,11 +226,10 @@ impl<'t> Step<'t> {
                         Numbers::Copied(numbers)
                     }
                 };
-                self.keep_for_retry(kept.as_ref(), numbers);
+                self.keep_for_retry(numbers);
                 Err(Interrupted)
             }
             (Err(Ended::WorldOver | Ended::RankFailed), buffer) => {
-                self.trainer.keep(kept);
                 self.trainer.keep_buffer(generation, buffer);
                 Err(Interrupted)
             }
@@ -253,11 +253,9 @@ impl<'t> Step<'t> {
         Interrupted
     }
 
-    /// Keeps what this rank has given for the next world, with what it `had` from an older one in it.
-    pub(crate) fn keep_for_retry<T: Gradient>(&mut self, had: Option<&Kept>, numbers: Numbers<T>) {
-        let had = had.map_or(&[][..], |kept| &kept.stretches);
-        let stretches = with(had, &self.own).expect("nobody is dealt what is kept");
-        self.trainer.keep(Some(Kept::new(self.index, stretches, numbers)));
+    /// Keeps what this rank has given for the next world, with what it had from older ones in it.
+    pub(crate) fn keep_for_retry<T: Gradient>(&mut self, numbers: Numbers<T>) {
+        self.trainer.keep(Some(Kept::new(self.index, self.covered.clone(), numbers)));
     }
 
     /// This worker cannot do its part of the step: its samples cannot be read, say, or its numbers are none. The step's
@@ -299,9 +297,13 @@ impl<'t> Step<'t> {
     }
 
     /// What this rank wants the others to know at the next collective.
-    pub(crate) fn word(&self) -> ControlWord {
-        let failed = if self.failed { ControlWord::FAILED } else { ControlWord::default() };
-        self.trainer.wishes() | failed
+    fn word(&self) -> ControlWord {
+        self.trainer.wishes() | self.failure()
+    }
+
+    /// Whether it can do its part, as the others are told.
+    pub(crate) fn failure(&self) -> ControlWord {
+        if self.failed { ControlWord::FAILED } else { ControlWord::default() }
     }
 
     /// What a collective that ended so means for the step.

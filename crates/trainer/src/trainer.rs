@@ -63,7 +63,7 @@ pub struct Trainer {
     /// The same, for gradients that are added up bucket by bucket.
     buckets: Box<dyn Any + Send>,
     /// What it has of a step that was interrupted.
-    kept: Option<Kept>,
+    kept: Option<Arc<Kept>>,
     /// What was dealt out in which world, for which step.
     dealt: Option<dealing::Dealt>,
     failure: Option<String>,
@@ -184,7 +184,7 @@ impl Trainer {
     /// to do without it, or if the program itself is at fault.
     pub fn next_step<S: State + Sync>(&mut self, state: &mut S) -> Result<Option<Step<'_>>, TrainError> {
         loop {
-            if let Some(why) = self.failure.take() {
+            if let Some(why) = self.failure.clone() {
                 return Err(TrainError::Mismatch(why));
             }
             match self.hub.look(Session::directive) {
@@ -396,19 +396,7 @@ impl Trainer {
 
     /// What this rank wants the others to know at the next collective.
     pub(crate) fn wishes(&self) -> ControlWord {
-        self.hub.look(|session| {
-            let mut word = ControlWord::default();
-            if session.boundary_requested() {
-                word |= ControlWord::BOUNDARY_REQUESTED;
-            }
-            if session.save_requested() {
-                word |= ControlWord::SAVE_REQUESTED;
-            }
-            if session.is_saving_busy() {
-                word |= ControlWord::SAVE_BUSY;
-            }
-            word
-        })
+        self.hub.look(wishes)
     }
 
     pub(crate) fn group(&mut self, generation: Generation) -> Option<&mut Group> {
@@ -477,6 +465,21 @@ impl Drop for Trainer {
         }
         self.hub.close();
     }
+}
+
+/// What a rank wants the others to know.
+pub(crate) fn wishes(session: &Session) -> ControlWord {
+    let mut word = ControlWord::default();
+    if session.boundary_requested() {
+        word |= ControlWord::BOUNDARY_REQUESTED;
+    }
+    if session.save_requested() {
+        word |= ControlWord::SAVE_REQUESTED;
+    }
+    if session.is_saving_busy() {
+        word |= ControlWord::SAVE_BUSY;
+    }
+    word
 }
 
 /// What else all workers must agree on.

@@ -5,6 +5,8 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Coordinator, ORDER, eventually};
 use reknit_trainer::{Buckets, NamedTensors, Options, Step, Trainer};
@@ -52,7 +54,10 @@ fn train<R: Send>(workers: u32, work: impl Fn(&mut Step<'_>) -> Option<R> + Sync
             })
         };
         let threads: Vec<_> = (0..workers).map(run).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        let outcome = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(outcome).collect()
     })
 }
 
@@ -97,7 +102,7 @@ fn adding_up_begins_before_all_is_computed() {
         let compute = |buckets: &mut Buckets<'_, f32>| {
             for layer in 0..4 {
                 buckets.give(&[1.0; 16]);
-                eventually("the buckets that are full", || (buckets.reduced() == layer + 1).then_some(()));
+                eventually("the buckets that are full", || (buckets.done() == layer + 1).then_some(()));
             }
         };
         step.all_reduce_while(64, compute)
@@ -107,6 +112,47 @@ fn adding_up_begins_before_all_is_computed() {
                 assert_eq!(all, [1.0; 64]);
             })
             .ok()
+    });
+}
+
+#[test]
+fn a_panic_while_computing_holds_nobody_up_and_costs_a_world() {
+    let panicked = AtomicBool::new(false);
+    let all = train(2, |step| {
+        let panics = step.index() == 3 && step.rank() == 1 && !panicked.swap(true, Ordering::Relaxed);
+        let compute = |buckets: &mut Buckets<'_, f32>| {
+            // Some are with the thread by then.
+            buckets.give(&[1.0; 40]);
+            assert!(!panics, "on purpose");
+            buckets.give(&[1.0; 24]);
+        };
+        let reduce = || step.all_reduce_while(64, compute).map(|((), mut means)| means.take(&mut [0.0; 64]));
+        let reduced = std::panic::catch_unwind(AssertUnwindSafe(reduce));
+        assert_eq!(reduced.is_err(), panics);
+        matches!(reduced, Ok(Ok(()))).then(|| (step.index(), step.generation()))
+    });
+    assert!(panicked.load(Ordering::Relaxed));
+    for steps in all {
+        let done: Vec<u64> = steps.iter().map(|(index, _)| *index).collect();
+        assert_eq!(done, (0..STEPS).collect::<Vec<_>>());
+        assert!(steps.iter().all(|(index, generation)| (*generation > 1) == (*index >= 3)), "{steps:?}");
+    }
+}
+
+#[test]
+#[should_panic(expected = "0 means are left")]
+fn more_means_than_were_given_are_not_there() {
+    train(1, |step| {
+        // In later steps there are buckets left over from this one.
+        let count = if step.index() == 0 { 100 } else { 1 };
+        let give = |buckets: &mut Buckets<'_, f32>| buckets.give(&vec![1.0; count]);
+        let ((), mut means) = step.all_reduce_while(64, give).unwrap();
+        means.take(&mut vec![0.0; count]);
+        if count == 1 {
+            means.take(&mut [0.0]);
+        }
+        drop(means);
+        Some(())
     });
 }
 

@@ -75,6 +75,7 @@ fn train(options: Options, gates: &[Barrier], in_buckets: bool) -> Vec<Try> {
         } else {
             step.all_reduce_means(&mut [&mut first, &mut second])
         };
+        assert_eq!(step.covered_samples().collect::<BTreeSet<u64>>(), last.covered, "it is what it was");
         if reduced.is_err() {
             interrupted += 1;
             continue;
@@ -133,6 +134,45 @@ fn check(in_buckets: bool) {
             assert!((mean - exact).abs() <= exact * 1e-12, "step {index}: {mean} instead of {exact}");
         }
     }
+}
+
+#[test]
+fn gradients_that_are_others_when_a_step_comes_again_are_an_error() {
+    let coordinator = Coordinator::start();
+    let gate = Barrier::new(2);
+    let begin =
+        |name: &str| Trainer::join(options(&coordinator, name).workers(1, 2).unwrap(), &state()).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut state, mut trainer) = (state(), begin("goes"));
+            while let Some(step) = trainer.next_step(&mut state).unwrap() {
+                if step.world_size() == 2 {
+                    gate.wait();
+                    return;
+                }
+                step.commit(&state);
+            }
+        });
+        let (mut state, mut trainer, mut was_interrupted) = (state(), begin("stays"), false);
+        let why = loop {
+            let mut step = match trainer.next_step(&mut state) {
+                Ok(step) => step.unwrap(),
+                Err(why) => break why,
+            };
+            if step.world_size() == 2 {
+                gate.wait();
+            } else if !was_interrupted {
+                step.commit(&state);
+                continue;
+            }
+            let count = if was_interrupted { 3 } else { 2 };
+            let give = |buckets: &mut Buckets<'_, f64>| buckets.give(&vec![1.0; count]);
+            assert!(step.all_reduce_while(8, give).is_err(), "the others would take it for what it is not");
+            was_interrupted = true;
+        };
+        assert!(why.to_string().contains("another type or number"), "{why}");
+        assert!(trainer.next_step(&mut state).is_err(), "and stays one");
+    });
 }
 
 #[test]

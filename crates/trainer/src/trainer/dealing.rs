@@ -1,5 +1,7 @@
 //! Which samples of a step this worker is to compute, and what it has of them already.
 
+use std::sync::Arc;
+
 use reknit_collectives::ControlWord;
 use reknit_membership::Generation;
 use reknit_membership::world::Place;
@@ -58,18 +60,13 @@ impl Trainer {
         }
     }
 
-    /// Lends out what this worker has of the step already: it is to be [kept](Trainer::keep) again.
-    pub(crate) fn take_kept(&mut self) -> Option<Kept> {
-        self.kept.take()
-    }
-
-    /// The positions of what it has.
-    pub(crate) fn kept_stretches(&self) -> &[Stretch] {
-        self.kept.as_ref().map_or(&[], |kept| &kept.stretches)
+    /// What this worker has of the step already.
+    pub(crate) fn kept(&self) -> Option<Arc<Kept>> {
+        self.kept.clone()
     }
 
     pub(crate) fn keep(&mut self, kept: Option<Kept>) {
-        self.kept = kept;
+        self.kept = kept.map(Arc::new);
     }
 
     pub(crate) fn retries_in_place(&self) -> bool {
