@@ -19,6 +19,10 @@ use serde_json::Value;
 /// How long anything may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How the variables begin that cargo sets for a test.
+const TOLD_BY_CARGO: [&str; 5] =
+    ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_", "CARGO_PRIMARY_"];
+
 /// The directory of the workspace's programs, built if need be with the profile of this test.
 pub fn programs() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
@@ -29,6 +33,13 @@ pub fn programs() -> &'static Path {
         // All of the workspace, as `cargo build` does: with the same features, so that what is there already is used.
         build.args(["build", "--quiet", "--workspace", "--bins"]);
         build.args(["--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml")]);
+        // What cargo tells a test of its package, it must not hear itself: build scripts of dependencies look at that, and all
+        // that rests on them would be compiled once more for every package that has tests.
+        for (name, _) in std::env::vars_os() {
+            if TOLD_BY_CARGO.iter().any(|told| name.to_string_lossy().starts_with(told)) {
+                build.env_remove(name);
+            }
+        }
         if dir.file_name() == Some(OsStr::new("release")) {
             build.arg("--release");
         }
