@@ -20,8 +20,8 @@ use reknit_collectives::{AbortHandle, BreakReason, Broken, Buffer, ControlWord, 
 use crate::error::Interrupted;
 use crate::gradient::Gradient;
 use crate::retry::Numbers;
+use crate::session::Session;
 use crate::step::{Ended, Step};
-use crate::trainer::wishes;
 
 /// Takes gradients as they become ready.
 pub struct Buckets<'a, T: Gradient> {
@@ -207,7 +207,7 @@ impl<'t> Step<'t> {
             let thread = thread.spawn_scoped(scope, move || reduce_all(group, len, to_reduce, done))?;
             let computed = compute(&mut buckets);
             // As late as can be: what is known by now counts.
-            let is_alike = buckets.end(hub.look(wishes));
+            let is_alike = buckets.end(hub.look(Session::wishes));
             let Buckets { full, empty, given, word, .. } = buckets;
             drop(full);
             match thread.join() {

@@ -17,6 +17,7 @@ mod saves;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use reknit_collectives::ControlWord;
 use reknit_membership::event::{Event, Join, Message};
 use reknit_membership::holding::{Holding, Moved, Plan, Resume};
 use reknit_membership::reason::Refusal;
@@ -218,6 +219,21 @@ impl Session {
     /// Whether an operator or the program wants a checkpoint.
     pub fn save_requested(&self) -> bool {
         self.world.as_ref().is_some_and(|world| world.save_requested)
+    }
+
+    /// What this rank wants the others to know at the next collective.
+    pub fn wishes(&self) -> ControlWord {
+        let mut word = ControlWord::default();
+        if self.boundary_requested() {
+            word |= ControlWord::BOUNDARY_REQUESTED;
+        }
+        if self.save_requested() {
+            word |= ControlWord::SAVE_REQUESTED;
+        }
+        if self.is_saving_busy() {
+            word |= ControlWord::SAVE_BUSY;
+        }
+        word
     }
 
     /// Whether this plan is still the one to be carried out.

@@ -396,7 +396,7 @@ impl Trainer {
 
     /// What this rank wants the others to know at the next collective.
     pub(crate) fn wishes(&self) -> ControlWord {
-        self.hub.look(wishes)
+        self.hub.look(Session::wishes)
     }
 
     pub(crate) fn group(&mut self, generation: Generation) -> Option<&mut Group> {
@@ -465,21 +465,6 @@ impl Drop for Trainer {
         }
         self.hub.close();
     }
-}
-
-/// What a rank wants the others to know.
-pub(crate) fn wishes(session: &Session) -> ControlWord {
-    let mut word = ControlWord::default();
-    if session.boundary_requested() {
-        word |= ControlWord::BOUNDARY_REQUESTED;
-    }
-    if session.save_requested() {
-        word |= ControlWord::SAVE_REQUESTED;
-    }
-    if session.is_saving_busy() {
-        word |= ControlWord::SAVE_BUSY;
-    }
-    word
 }
 
 /// What else all workers must agree on.

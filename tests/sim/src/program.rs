@@ -226,20 +226,7 @@ impl Sim {
         if self.processes[process].group != Some(generation) {
             return self.program_is(process, Program::Looks, WAKE);
         }
-        let wishes = {
-            let session = &self.processes[process].session;
-            let mut word = ControlWord::default();
-            if session.boundary_requested() {
-                word |= ControlWord::BOUNDARY_REQUESTED;
-            }
-            if session.save_requested() {
-                word |= ControlWord::SAVE_REQUESTED;
-            }
-            if session.is_saving_busy() {
-                word |= ControlWord::SAVE_BUSY;
-            }
-            word
-        };
+        let wishes = self.processes[process].session.wishes();
         self.program_waits(process, Program::Reduces(work.clone()));
         self.enters_collective(process, &work, wishes);
     }
