@@ -21,6 +21,7 @@ use crate::patience::after;
 use crate::progress::Stop;
 use crate::reduce::ReduceOp;
 use crate::schedule::part;
+use crate::scratch::Scratch;
 use crate::word::ControlWord;
 
 /// The live connections of one rank in one world's ring.
@@ -40,9 +41,8 @@ pub struct Group {
     links: Option<Links>,
     broken: Option<Broken>,
     sequence: u64,
-    /// Room for the elements of an operation that may not touch its caller's before it has succeeded. It stays as
-    /// large as the largest one so far. Made of `u64`s so that it is aligned for every type of element.
-    scratch: Vec<u64>,
+    /// Room for the elements of an operation that may not touch its caller's before it has succeeded.
+    scratch: Scratch,
 }
 
 impl Group {
@@ -65,8 +65,16 @@ impl Group {
                 Some(links.map_err(|source| FormError::System { source })?)
             }
         };
-        let mut group =
-            Group { generation, rank, size, abort, links, broken: None, sequence: 0, scratch: Vec::new() };
+        let mut group = Group {
+            generation,
+            rank,
+            size,
+            abort,
+            links,
+            broken: None,
+            sequence: 0,
+            scratch: Scratch::default(),
+        };
         match options.shared_memory {
             SharedMemory::Offered | SharedMemory::Declined => group.meet(options, until)?,
             SharedMemory::Unasked => {}
@@ -440,12 +448,7 @@ impl Group {
     /// Lends out the scratch, as `len` elements of whatever value.
     fn with_scratch<T: Element, R>(&mut self, len: usize, work: impl FnOnce(&mut Group, &mut [T]) -> R) -> R {
         let mut scratch = std::mem::take(&mut self.scratch);
-        let needed = (len * size_of::<T>()).div_ceil(size_of::<u64>());
-        if scratch.len() < needed {
-            // A new one, not a longer one: what is in it is not worth moving, and zeros come free of charge.
-            scratch = vec![0; needed];
-        }
-        let result = work(self, &mut bytemuck::cast_slice_mut(&mut scratch)[..len]);
+        let result = work(self, scratch.lend(len));
         self.scratch = scratch;
         result
     }

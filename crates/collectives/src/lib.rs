@@ -58,6 +58,7 @@ mod inputs;
 mod meeting;
 mod progress;
 mod ring;
+mod scratch;
 mod segment;
 mod table;
 mod transport;

@@ -15,6 +15,7 @@ use crate::host::{Host, HostFault, Layout};
 use crate::neighbours::{Neighbours, TcpTransport};
 use crate::progress::{Progress, Stop, Stuck};
 use crate::ring::{Fault, HEAD_BYTES, Limits, Run, Seat, drive};
+use crate::schedule::Pattern;
 use crate::segment::Segment;
 use crate::table::{self, Table};
 use crate::wake::Wake;
@@ -97,13 +98,11 @@ impl Links {
             CallKind::AllReduce { op, .. } if table::fits(size_of_val(input), self.seat.size) => Some(op),
             _ => None,
         };
-        let mut run = match gathers {
-            Some(_) => {
-                let table = self.table.lay(self.seat, input);
-                Run::gathering(call, self.seat, table, &mut self.staging, word)
-            }
-            None => Run::new(call, self.seat, input, work, &mut self.staging, word),
+        let (pattern, input, moved) = match gathers {
+            Some(_) => (Pattern::AllGather, &[][..], self.table.lay(self.seat, input)),
+            None => (call.kind.pattern(), input, &mut *work),
         };
+        let mut run = Run::new(pattern, call, self.seat, input, moved, &mut self.staging, word);
         if !self.carries_word {
             run = run.without_word();
         }

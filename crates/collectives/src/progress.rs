@@ -150,10 +150,10 @@ impl<W: Words> Progress<W> {
     fn check(&self, step: u64, waiting: &Waiting<'_>) -> Result<(), Stuck> {
         // Who gives up says so before it ends its connections, and knows better who was lost than who sees these end.
         let stop = (waiting.stop)();
-        let stuck = match (self.words.given_up(), stop) {
-            (0, None) => return Ok(()),
-            (0, Some(stop)) => Stuck::Stopped(stop),
-            (code, _) => Stuck::GivenUp(Rank(code - 1)),
+        let stuck = match (self.given_up(), stop) {
+            (None, None) => return Ok(()),
+            (None, Some(stop)) => Stuck::Stopped(stop),
+            (Some(suspect), _) => Stuck::GivenUp(suspect),
         };
         if self.all_have(step, &mut 0) { Ok(()) } else { Err(stuck) }
     }

@@ -157,31 +157,9 @@ pub(crate) fn drive<T: Element>(
 }
 
 impl<'a, T: Element> Run<'a, T> {
-    /// A collective that is about to start.
+    /// A collective that is about to start. Its elements move in the call's own pattern, or in that of another collective
+    /// which does a part of it.
     pub(crate) fn new(
-        call: Call,
-        seat: Seat,
-        input: &'a [T],
-        work: &'a mut [T],
-        staging: &'a mut [u8],
-        word: ControlWord,
-    ) -> Run<'a, T> {
-        Run::of(call.kind.pattern(), call, seat, input, work, staging, word)
-    }
-
-    /// An all-reduce that is about to start by gathering everybody's numbers in a [table](crate::table), where this rank's
-    /// are in their place.
-    pub(crate) fn gathering(
-        call: Call,
-        seat: Seat,
-        table: &'a mut [T],
-        staging: &'a mut [u8],
-        word: ControlWord,
-    ) -> Run<'a, T> {
-        Run::of(Pattern::AllGather, call, seat, &[], table, staging, word)
-    }
-
-    fn of(
         pattern: Pattern,
         call: Call,
         seat: Seat,

@@ -3,12 +3,13 @@
 //! To reduce every part and then to gather them takes `2 (n - 1)` steps, each of which waits for the one before. This takes
 //! `n - 1`, and moves `n / 2` times the bytes for it: so it is for what is so small that steps count, and not bytes.
 
+use reknit_membership::ids::WorldSize;
+
 use crate::element::Element;
 use crate::inputs::Inputs;
 use crate::reduce::ReduceOp;
 use crate::ring::Seat;
-
-use reknit_membership::ids::WorldSize;
+use crate::scratch::Scratch;
 
 /// How many bytes a rank sends at most in an all-reduce that is done so. All ranks must have the same: it is part of the
 /// protocol.
@@ -22,26 +23,20 @@ pub(crate) fn fits(bytes: usize, size: WorldSize) -> bool {
 /// What each rank contributes, rank by rank.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
-    /// Made of `u64`s so that it is aligned for every type of element. It stays as large as the largest one so far.
-    room: Vec<u64>,
+    room: Scratch,
 }
 
 impl Table {
     /// A table with this rank's numbers in their place, and whatever was there before in the others'.
     pub(crate) fn lay<T: Element>(&mut self, seat: Seat, input: &[T]) -> &mut [T] {
-        let all = input.len() * seat.size.0 as usize;
-        let needed = (all * size_of::<T>()).div_ceil(size_of::<u64>());
-        if self.room.len() < needed {
-            self.room.resize(needed, 0);
-        }
-        let table = &mut bytemuck::cast_slice_mut(&mut self.room)[..all];
+        let table = self.room.lend(input.len() * seat.size.0 as usize);
         table[seat.rank.0 as usize * input.len()..][..input.len()].copy_from_slice(input);
         table
     }
 
     /// Combines what all have contributed.
     pub(crate) fn combine<T: Element>(&self, op: ReduceOp, size: WorldSize, result: &mut [T]) {
-        let table: &[T] = bytemuck::cast_slice(&self.room);
+        let table: &[T] = self.room.lent();
         let of = |rank| &table[rank * result.len()..][..result.len()];
         Inputs::new(0..size.0 as usize, of).combine(op, result);
     }

@@ -8,20 +8,16 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
-use common::{BOUND, Chance, listener_with, secret, seed, soon};
+use common::{BOUND, Chance, VERSION, hello, listener_with, secret, seed, soon};
 use reknit_collectives::{AbortHandle, ListenerOptions, Place, Purpose, dial};
 use reknit_membership::ids::{Generation, Rank, WorldSize};
-
-const VERSION: u16 = 3;
 
 /// The beginning of a handshake as rank 3 of generation 7 says it, with a proof that is none.
 fn honest(chance: &mut Chance) -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..72).map(|_| chance.next() as u8).collect();
-    bytes[..4].copy_from_slice(b"rkD1");
-    bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
-    bytes[6..8].copy_from_slice(&[1 + chance.below(2) as u8, 0]);
-    bytes[8..16].copy_from_slice(&7_u64.to_le_bytes());
-    bytes[16..24].copy_from_slice(&(3_u64 | 4 << 32).to_le_bytes());
+    // All but the nonce and the proof.
+    let hello = hello(VERSION, 1 + chance.below(2) as u8, 7, 3 | 4 << 32);
+    bytes[..24].copy_from_slice(&hello[..24]);
     bytes
 }
 

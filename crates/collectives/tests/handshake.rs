@@ -11,7 +11,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BOUND, DIALLER_BYTES, SECRET, listener, listener_with, secret, soon, together};
+use common::{BOUND, DIALLER_BYTES, SECRET, VERSION, hello, listener, listener_with, secret, soon, together};
 use reknit_collectives::{
     AbortHandle, ArrivalError, BreakReason, ControlWord, DialError, Door, FormError, Group, GroupOptions,
     Listener, ListenerOptions, Place, Purpose, RefuseReason, Secret, dial,
@@ -21,9 +21,6 @@ use reknit_membership::ids::{Generation, MemberId, Rank, WorldSize};
 /// From rank 3 to rank 4, the one that [`open`] opens a door for.
 const RING: Purpose = Purpose::Ring { from: Rank(3), to: Rank(4) };
 const STATE: Purpose = Purpose::State { member: MemberId(0xfeed) };
-
-/// Which version of the protocol this is.
-const VERSION: u16 = 3;
 
 /// Shorter than any limit on a handshake, longer than what is not delayed takes on a busy machine.
 const PROMPT: Duration = Duration::from_secs(2);
@@ -58,17 +55,6 @@ fn is_closed(mut stream: &TcpStream) -> bool {
         Ok(count) => count == 0,
         Err(error) => matches!(error.kind(), ErrorKind::ConnectionReset),
     }
-}
-
-/// A hello of the right shape, byte by byte as the format says.
-fn hello(version: u16, kind: u8, generation: u64, claim: u64) -> [u8; 40] {
-    let mut bytes = [7; 40];
-    bytes[..4].copy_from_slice(b"rkD1");
-    bytes[4..6].copy_from_slice(&version.to_le_bytes());
-    bytes[6..8].copy_from_slice(&[kind, 0]);
-    bytes[8..16].copy_from_slice(&generation.to_le_bytes());
-    bytes[16..24].copy_from_slice(&claim.to_le_bytes());
-    bytes
 }
 
 #[test]

@@ -150,8 +150,9 @@ impl<T: Element> Trial<'_, T> {
                     rank: Rank(rank as u32),
                     prev: Rank(before(rank) as u32),
                 };
+                let call = self.calls[rank];
                 let input = self.inputs.get(rank).map_or(&[][..], |input| input);
-                Run::new(self.calls[rank], seat, input, output, staging, ControlWord(1 << rank))
+                Run::new(call.kind.pattern(), call, seat, input, output, staging, ControlWord(1 << rank))
             })
             .collect();
         let mut results: Vec<Option<Result<ControlWord, Fault>>> = vec![None; n];
@@ -405,7 +406,8 @@ fn a_stream_that_is_none_is_refused() {
         let (mut output, mut staging) = (vec![0i64; 6], vec![0; 64]);
         let seat = Seat { size: WorldSize(2), rank: Rank(0), prev: Rank(1) };
         let call = same(1, SUM, 6)[0];
-        let mut run = Run::new(call, seat, &inputs[0], &mut output, &mut staging, ControlWord::NONE);
+        let (pattern, word) = (call.kind.pattern(), ControlWord::NONE);
+        let mut run = Run::new(pattern, call, seat, &inputs[0], &mut output, &mut staging, word);
         let mut header = call.header(Rank(1));
         header[at] ^= 0x80;
         let prev = Rc::new(RefCell::new(Pipe { bytes: header.into(), ..Pipe::default() }));
@@ -457,7 +459,8 @@ fn whatever_a_neighbour_sends_a_rank_ends_and_takes_no_byte_that_is_not_its() {
 
         let (mut output, mut staging) = (vec![0; len], vec![0; 64]);
         let seat = Seat { size: WorldSize(n as u32), rank: Rank(0), prev: Rank(n as u32 - 1) };
-        let mut run = Run::new(call, seat, &inputs[0], &mut output, &mut staging, ControlWord::NONE);
+        let (pattern, word) = (call.kind.pattern(), ControlWord::NONE);
+        let mut run = Run::new(pattern, call, seat, &inputs[0], &mut output, &mut staging, word);
         let prev = Pipe { bytes: sent.into(), closed: true, ..Pipe::default() };
         let prev = Rc::new(RefCell::new(prev));
         let next = Rc::new(RefCell::new(Pipe { capacity: 10_000, ..Pipe::default() }));

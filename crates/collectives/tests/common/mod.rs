@@ -194,6 +194,20 @@ pub(crate) enum Cut {
     Reset,
 }
 
+/// Which version of the protocol this is.
+pub(crate) const VERSION: u16 = 3;
+
+/// A hello of the right shape, byte by byte as the format says.
+pub(crate) fn hello(version: u16, kind: u8, generation: u64, claim: u64) -> [u8; 40] {
+    let mut bytes = [7; 40];
+    bytes[..4].copy_from_slice(b"rkD1");
+    bytes[4..6].copy_from_slice(&version.to_le_bytes());
+    bytes[6..8].copy_from_slice(&[kind, 0]);
+    bytes[8..16].copy_from_slice(&generation.to_le_bytes());
+    bytes[16..24].copy_from_slice(&claim.to_le_bytes());
+    bytes
+}
+
 /// How many bytes a dialler and a listener say in a handshake.
 pub(crate) const DIALLER_BYTES: usize = 40 + 32;
 pub(crate) const LISTENER_BYTES: usize = 24 + 40;
