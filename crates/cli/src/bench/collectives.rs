@@ -210,8 +210,7 @@ impl<'a> Run<'a> {
 
     /// The sizes at which our ring over TCP is compared with its streams alone.
     fn stream_sizes(&self) -> Vec<u64> {
-        let is_over_tcp = |line: Line| matches!(line, Line::Reknit(ours) if ours.is_tcp());
-        let over_tcp = self.contenders.iter().any(|c| is_over_tcp(c.line));
+        let over_tcp = self.contenders.iter().any(|c| c.line.is_ours_over_tcp());
         let sizes =
             self.sums.iter().map(|sum| sum.bytes()).filter(|bytes| over_tcp && *bytes >= STREAM_BYTES);
         BTreeSet::from_iter(sizes).into_iter().collect()

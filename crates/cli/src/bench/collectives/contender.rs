@@ -36,6 +36,11 @@ impl Line {
         }
     }
 
+    /// Whether it is ours, over TCP.
+    pub(super) fn is_ours_over_tcp(self) -> bool {
+        matches!(self, Line::Reknit(ours) if ours.is_tcp())
+    }
+
     /// Whether the two are to be compared: Gloo with all of ours, for it has one way only; Open MPI with ours of the same
     /// kind.
     pub(super) fn rivals(self, ours: Transport) -> bool {

@@ -102,10 +102,7 @@ impl Samples {
                 by_algorithm.iter().filter_map(|(a, times)| Some((*a, Spread::of(times.iter().copied())?)));
             let (algorithm, spread_us) = spreads.min_by(|(_, a), (_, b)| a.p50.total_cmp(&b.p50))?;
             let timed = Timed::of(line, world, sum, spread_us);
-            let streams_us = match line {
-                Line::Reknit(ours) if ours.is_tcp() => ring_us(world, sum.bytes()),
-                Line::Reknit(_) | Line::Gloo | Line::Mpi(_) => None,
-            };
+            let streams_us = if line.is_ours_over_tcp() { ring_us(world, sum.bytes()) } else { None };
             let of_streams = streams_us.map(|streams_us| streams_us / timed.median_us);
             let is_mpi = matches!(line, Line::Mpi(_));
             Some(Timed { algorithm: is_mpi.then_some(algorithm.name()), of_streams, ..timed })
